@@ -206,22 +206,27 @@ def test_a_batch_that_was_not_filled_or_was_changed_has_no_graph():
     assert step_graphs.find(replace(filled, item_codes=filled.item_codes.clone())) is None
 
 
+def uses_graphs(cfg: RunConfig, device: str, world_size: int, **given: bool) -> bool:
+    return graphs.uses_graphs(cfg.model, cfg.train, device, world_size, **given)
+
+
 def test_graphs_are_for_one_worker_on_a_gpu():
     cfg = small_config(TRUNCATED)
-    assert graphs.uses_graphs(cfg, "cuda", 1)
-    assert not graphs.uses_graphs(cfg, "cpu", 1)
-    assert not graphs.uses_graphs(cfg, "cuda", 2)
-    assert not graphs.uses_graphs(
+    assert uses_graphs(cfg, "cuda", 1)
+    assert not uses_graphs(cfg, "cpu", 1)
+    assert not uses_graphs(cfg, "cuda", 2)
+    assert not uses_graphs(
         small_config({"encoder": "hstu", "attention": {"window": None}}), "cuda", 1
     )
-    assert not graphs.uses_graphs(small_config(TRUNCATED, cuda_graphs="off"), "cuda", 1)
+    assert not uses_graphs(small_config(TRUNCATED, cuda_graphs="off"), "cuda", 1)
 
-    assert not graphs.uses_graphs(cfg, "cuda", 1, sharded=True)
+    assert not uses_graphs(cfg, "cuda", 1, sharded=True)
+    assert not uses_graphs(cfg, "cuda", 1, retrieval=True)
 
     wanted = small_config(TRUNCATED, cuda_graphs="on")
-    assert graphs.uses_graphs(wanted, "cuda", 2)
+    assert uses_graphs(wanted, "cuda", 2)
     with pytest.raises(ConfigError, match=r"train\.cuda_graphs"):
-        graphs.uses_graphs(wanted, "cpu", 1)
+        uses_graphs(wanted, "cpu", 1)
 
 
 def graphed_trainee(cfg: RunConfig, rank: int, world_size: int) -> Trainee:

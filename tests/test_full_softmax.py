@@ -182,10 +182,9 @@ def test_a_run_in_bfloat16_allows_tf32(
     precision: str, expected: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch's loss asks the op for what the run's precision allows."""
-    cfg, retrieval = make_config(), RetrievalConfig(enabled=True, loss="full", dim=4)
-    train = replace(cfg.train, precision=precision)
+    cfg = replace(make_config(), retrieval=RetrievalConfig(enabled=True, loss="full", dim=4))
     maps = replace(make_maps(), item_codes=np.array([[0, 0], [1, 0], [2, 0]], np.int32))
-    loss = NextItemLoss(replace(cfg, retrieval=retrieval, train=train), maps, "cpu")
+    loss = NextItemLoss(cfg.retrieval, maps, "cpu", precision=precision)
 
     asked: list[bool | None] = []
 

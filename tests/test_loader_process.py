@@ -18,6 +18,7 @@ from pipeline.batches.packing import Packed
 from pipeline.batches.steps import step_plan
 from pipeline.config import UserError
 from pipeline.model.flops import Flops
+from pipeline.model.work import count_work
 from pipeline.train.loader_process import LoaderProcess, messages
 from pipeline.train.loop import remaining_batches
 from tests.worlds.model import make_batch
@@ -75,7 +76,8 @@ def test_the_process_makes_what_the_trainer_would_from_any_step_on(tmp_path: Pat
     maps, plan = fit_features(cfg), step_plan(cfg)
     used = TrainLoader(cfg, maps, plan, 1, 2)
     first = next(used.batches(0))  # its threads do not cross
-    make_batches = partial(remaining_batches, used, cfg, 9)
+    count = partial(count_work, cfg=cfg, num_items=9)
+    make_batches = partial(remaining_batches, used, cfg.train.epochs, count)
 
     here = list(make_batches(0, 2))
     with LoaderProcess(make_batches, 0, 2) as process:

@@ -13,7 +13,7 @@ from pipeline.config import ConfigError, RetrievalConfig
 from pipeline.train.alignment import contrast, partners
 from pipeline.train.memory import EPS, CrossBatchMemory, MomentFilter, move_moments
 from pipeline.train.next_item import NextItemLoss, draw_by_share
-from tests.worlds.model import make_config, make_maps
+from tests.worlds.model import make_maps
 
 NUM_ITEMS, DIM = 12, 5
 
@@ -42,7 +42,7 @@ def make_loss(**settings: object) -> NextItemLoss:
     codes[1 : NUM_ITEMS + 1, 0] = np.arange(1, NUM_ITEMS + 1)
     counts = np.concatenate([[0], np.arange(1, NUM_ITEMS + 1), [0]])
     maps = replace(make_maps(), item_codes=codes, next_count=counts)
-    return NextItemLoss(replace(make_config(), retrieval=section), maps, "cpu")
+    return NextItemLoss(section, maps, "cpu")
 
 
 @pytest.mark.parametrize("memory", [False, True])

@@ -202,7 +202,7 @@ def test_the_full_softmax_is_cross_entropy_over_the_items_of_training(
     model, batch = make_model(cfg, maps), training_batch(users, maps, cfg)
     assert batch.next_code is not None and batch.next_weight is not None
     encoded = model.encode(batch)
-    loss, weight = NextItemLoss(cfg, maps, "cpu")(model, encoded, batch)
+    loss, weight = NextItemLoss(cfg.retrieval, maps, "cpu")(model, encoded, batch)
 
     assert model.retrieval is not None and encoded.next_rows is not None
     seen = torch.from_numpy(maps.item_codes[maps.item_codes[:, 0] > 0])

@@ -21,7 +21,7 @@ from pipeline.batches.collate import SequenceBatch
 from pipeline.config import ConfigError, RunConfig
 from pipeline.train import loop, sharding
 from pipeline.train.checkpoint import CheckpointFolder, Saved, read_tensors
-from pipeline.train.placement import describe_tables, place_tables
+from pipeline.train.placement import Placement, describe_tables, place_tables
 from pipeline.train.sharding import TableMaker, draw_rows
 from pipeline.train.trainee import Trainee
 from tests.worlds.model import joined, labelled_batch, make_config, make_maps
@@ -47,6 +47,10 @@ def train_config(**train: object) -> RunConfig:
     cfg = make_config()
     settings = {"epochs": 1, "log_every": 1, "checkpoint_every": 20, "warmup_steps": 5, "lr": 0.01}
     return replace(cfg, train=replace(cfg.train, **settings | train))  # pyright: ignore[reportArgumentType]
+
+
+def placed(cfg: RunConfig, vocab_sizes: dict[str, int], world_size: int) -> dict[str, Placement]:
+    return place_tables(cfg.features, cfg.model, cfg.train, vocab_sizes, world_size)
 
 
 SHARDED = {"default": "sharded"}
@@ -330,7 +334,7 @@ def test_a_large_table_is_drawn_on_its_device(
     """Never whole where it is sharded, and with the same rows."""
     monkeypatch.setattr(sharding, "LARGE", 100)
     cfg = train_config(tables={"item_id": placement})
-    plan = place_tables(cfg, VOCAB, world_size=3)
+    plan = placed(cfg, VOCAB, world_size=3)
     blocks = [
         TableMaker(plan, rank, "cpu", seed=5)("item_id", 30, 4).weight.detach() for rank in range(3)
     ]
@@ -348,22 +352,22 @@ def test_a_large_table_is_drawn_on_its_device(
 def test_auto_shards_what_is_large_when_there_are_several_workers() -> None:
     cfg = train_config(shard_above_mb=0, tables={"item.tag": "replicated"})
     sharded = lambda plan: [name for name, table in plan.items() if table.sharded]
-    assert sharded(place_tables(cfg, VOCAB, 1)) == []
-    assert sharded(place_tables(cfg, VOCAB, 2)) == [
+    assert sharded(placed(cfg, VOCAB, 1)) == []
+    assert sharded(placed(cfg, VOCAB, 2)) == [
         "item_id",
         "request.tab",
         "user.age",
         "user.city",
     ]
-    assert sharded(place_tables(train_config(), VOCAB, 2)) == []
-    assert sharded(place_tables(train_config(bf16_tables=("item.tag",)), VOCAB, 1)) == ["item.tag"]
+    assert sharded(placed(train_config(), VOCAB, 2)) == []
+    assert sharded(placed(train_config(bf16_tables=("item.tag",)), VOCAB, 1)) == ["item.tag"]
 
 
 def test_the_plan_says_who_holds_which_rows_and_how_much_it_takes() -> None:
     cfg = train_config(
         tables={"item_id": "sharded"}, bf16_tables=("item_id",), host_state_tables=("item_id",)
     )
-    described = describe_tables(place_tables(cfg, VOCAB | {"item_id": 31}, 3))
+    described = describe_tables(placed(cfg, VOCAB | {"item_id": 31}, 3))
     assert described["tables"]["item_id"] == {
         "rows": 31,
         "width": 4,
@@ -377,7 +381,7 @@ def test_the_plan_says_who_holds_which_rows_and_how_much_it_takes() -> None:
     assert described["tables"]["user.age"]["rows_of_ranks"] == "all"
     model = Trainee(train_config(), make_maps(), "cpu", 0, 1)
     assert set(described["tables"]) == set(model.table_paths)
-    whole = describe_tables(place_tables(train_config(), VOCAB, 1))["total"]
+    whole = describe_tables(placed(train_config(), VOCAB, 1))["total"]
     assert whole["table_weights"] == sum(table.nbytes for table in model.tables.values())
     moments = *model.rowwise.m.values(), *model.rowwise.v.values()
     assert whole["table_state"] == sum(moment.nbytes for moment in moments)
@@ -407,7 +411,7 @@ def test_a_wrong_placement_is_named(train: dict, message: str) -> None:
 
 def test_a_table_that_nobody_placed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = train_config()
-    plan = place_tables(cfg, VOCAB, 2)
+    plan = placed(cfg, VOCAB, 2)
     with pytest.raises(ValueError, match=r"'user\.shoe_size' of 7 x 3"):
         TableMaker(plan, 0, "cpu", 0)("user.shoe_size", 7, 3)
     with pytest.raises(ValueError, match="'item_id' of 31 x 4"):

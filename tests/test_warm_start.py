@@ -11,7 +11,7 @@ from pipeline.batches.examples import user_events, whole_examples
 from pipeline.batches.features import FeatureMaps, fit_features
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import step_plan
-from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, UserError
+from pipeline.config import ColumnFeature, FeatureConfig, RunConfig, TrainConfig, UserError
 from pipeline.model.artifact import load_model, save_model
 from pipeline.sequences import store
 from pipeline.train import loop
@@ -148,11 +148,11 @@ def test_a_day_has_its_own_passes_and_a_warm_up_that_fits(
     """Settings of a long training from nothing are no obstacle to a short one from the champion."""
     base, folder = champion
     cfg = later(base, epochs=3, warmup_steps=100)
-    train = with_start(cfg, start_from(cfg, folder)).train
+    train = with_start(cfg.train, start_from(cfg, folder))
     assert (train.epochs, train.warmup_steps) == (1, None)
     cfg = later(base, epochs=3, champion_epochs=2)
-    assert with_start(cfg, start_from(cfg, folder)).train.epochs == 2
-    assert with_start(cfg, None).train.epochs == 3, "from nothing"
+    assert with_start(cfg.train, start_from(cfg, folder)).epochs == 2
+    assert with_start(cfg.train, None).epochs == 3, "from nothing"
 
 
 def test_other_rows_are_told_by_sequences_and_split(
@@ -176,28 +176,30 @@ def test_new_rows_are_targets_and_a_share_of_the_old_ones(champion: tuple[RunCon
     base, folder = champion
     users = user_events(store.read_sequences(base.sequence_dir), base.source, base.features)
 
-    def targets(cfg: RunConfig) -> set[int]:
-        found = whole_examples(users, cfg.split, cfg.train)
+    def targets(cfg: RunConfig, train: TrainConfig) -> set[int]:
+        found = whole_examples(users, cfg.split, train)
         rows: set[int] = set()
         for begin, end in zip(found.target_begin, found.target_end, strict=True):
             assert rows.isdisjoint(range(begin, end))
             rows |= set(range(begin, end))
         return rows
 
-    whole = targets(replace(later(base), train=base.train))
+    whole = targets(later(base), base.train)
     cfg = later(base, replay_share=0.0)
-    new = targets(with_start(cfg, start_from(cfg, folder)))
+    new = targets(cfg, with_start(cfg.train, start_from(cfg, folder)))
     times = users.request_time[sorted(new)]
     assert len(new) > 0
     assert times.min() >= base.split.val_ms
     assert times.max() < base.split.val_ms + DAY_MS
 
     some = later(base, replay_share=0.4, max_targets_per_sequence=2)
-    replayed = targets(with_start(some, start_from(some, folder)))
+    replayed = targets(some, with_start(some.train, start_from(some, folder)))
     assert new < replayed < whole
     assert 0.2 < len(replayed - new) / len(whole - new) < 0.6
+
     everything = later(base, replay_share=1.0)
-    assert targets(with_start(everything, start_from(everything, folder))) == whole
+    from_there = with_start(everything.train, start_from(everything, folder))
+    assert targets(everything, from_there) == whole
 
 
 def test_what_does_not_fit_is_refused(champion: tuple[RunConfig, Path]) -> None:

@@ -194,7 +194,7 @@ def train_day(day: Day, digest: str, seconds: Seconds) -> tuple[LoadedModel, int
             kept = own_checkpoint(day.before.train_dir, model)
             assert kept is not None, f"{day.before.train_dir}: the checkpoint of {model} is gone"
             start = replace(start_from(cfg, model), checkpoint=str(kept))
-            cfg = with_start(cfg, start)
+            cfg = replace(cfg, train=with_start(cfg.train, start))
         maps = fit_features(cfg)
         steps = step_plan(cfg)
 

@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import StepPlan, pool_memory, pool_order, step_plan
 from pipeline.config import RunConfig
 from pipeline.figures import Figures
+from pipeline.model.work import count_work
 from pipeline.sequences import store
 from pipeline.train.meter import count_batches, prefetch_batches
 
@@ -111,7 +113,8 @@ def measure(
     before, most = resident_bytes(), 0
     asked = time.perf_counter()
     loader = TrainLoader(cfg, maps, plan)
-    batches = prefetch_batches(count_batches(loader.batches(0, begin), cfg))
+    counted = count_batches(loader.batches(0, begin), partial(count_work, cfg=cfg))
+    batches = prefetch_batches(counted)
     batch, _ = next(batches)
     first, cpu, started = time.perf_counter() - asked, time.process_time(), time.perf_counter()
     waits, tokens, sequences = [], batch.num_tokens, batch.num_sequences

@@ -247,7 +247,8 @@ def speed_apart(cfg: RunConfig, sizes: dict[str, int], ranks: Ranks) -> dict[str
 
 
 def _plan(cfg: RunConfig, sizes: dict[str, int], world_size: int) -> dict[str, Any]:
-    return place_tables(cfg, vocabulary(cfg).vocab_sizes | {"item_id": sizes["items"]}, world_size)
+    vocab_sizes = vocabulary(cfg).vocab_sizes | {"item_id": sizes["items"]}
+    return place_tables(cfg.features, cfg.model, cfg.train, vocab_sizes, world_size)
 
 
 def _placed(place: Any) -> dict[str, Any]:

@@ -149,6 +149,10 @@ class RunConfig:
     def run_dir(self) -> Path:
         return self.folders.run_dir
 
+    def with_absolute_folders(self) -> "RunConfig":
+        """The same run for a worker, which has a current folder of its own."""
+        return dataclasses.replace(self, runs_dir=str(self.run_dir.parent))
+
     @property
     def model_name(self) -> str:
         """Name of the registered model: versions of one name compete to be its champion."""

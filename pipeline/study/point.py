@@ -25,13 +25,13 @@ from pipeline.config import RunConfig
 from pipeline.evaluate import evaluator
 from pipeline.evaluate.parts import count_requests
 from pipeline.files import json_text, staged_file, write_atomically
+from pipeline.model import work as model_work
 from pipeline.model.artifact import load_model
 from pipeline.model.flops import Flops
 from pipeline.search.trial import FINISHED, read_outcome, train_trial
 from pipeline.sequences import store
 from pipeline.sequences.dictionary import name_rows
 from pipeline.study.users import user_sums, write_users
-from pipeline.train.meter import count_batches
 from pipeline.train.metrics import METRICS, MetricsFile
 
 logger = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ def count_work(cfg: RunConfig, split: str, shared_maps: Path | None) -> PointWor
     maps = _maps(cfg, shared_maps)
     loader = TrainLoader(cfg, maps, step_plan(cfg))
     trained = Flops()
-    for _, work in count_batches(itertools.islice(loader.batches(0), COUNTED_STEPS), cfg):
-        trained.add(work)
+    for batch in itertools.islice(loader.batches(0), COUNTED_STEPS):
+        trained.add(model_work.count_work(batch, cfg))
 
     scored = Flops()
     manifest = store.read_manifest(cfg.sequence_dir)

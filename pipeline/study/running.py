@@ -105,9 +105,8 @@ class PointJob:
 
 def _make_job(base: RunConfig, plan: StudyPlan, point: Point, folder: Path) -> PointJob:
     trial, study = point.trial, plan.study
-    absolute = replace(trial.cfg, runs_dir=str(base.run_dir.parent))
     return PointJob(
-        cfg=config.to_dict(absolute),
+        cfg=config.to_dict(trial.cfg.with_absolute_folders()),
         settings=trial.settings,
         split=study.split,
         task=study.task or base.tasks[0],

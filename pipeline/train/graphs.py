@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.graphs import BatchGraph, BatchGraphs, Results
-from pipeline.config import RunConfig
+from pipeline.config import ModelConfig, TrainConfig
 from pipeline.config.errors import require
 from pipeline.model.encoders import ENCODERS
 
@@ -20,22 +20,31 @@ Backward = Callable[[SequenceBatch], tuple[Tensor, Tensor]]
 
 
 def uses_graphs(
-    cfg: RunConfig, device: torch.device | str, world_size: int, *, sharded: bool = False
+    model: ModelConfig,
+    train: TrainConfig,
+    device: torch.device | str,
+    world_size: int,
+    *,
+    retrieval: bool = False,
+    sharded: bool = False,
 ) -> bool:
-    """Tell whether steps of this run are CUDA graphs (`train.cuda_graphs`); `sharded`: some table
-    is, whose rows come from other ranks in the middle of a step.
+    """Tell whether steps of a run are CUDA graphs (`train.cuda_graphs`).
+
+    Args:
+        retrieval: its loss has next items, whose number is the batch's.
+        sharded: rows of some table come from other ranks in the middle of a step.
 
     Raises:
         ConfigError: it is `on` where they cannot be.
     """
-    if cfg.train.cuda_graphs == "off":
+    if train.cuda_graphs == "off":
         return False
 
     on_gpu = torch.device(device).type == "cuda"
-    encoder = ENCODERS[cfg.model.encoder]
-    fixed = encoder.has_fixed_sizes(cfg.model) and cfg.train.target_view == "covering"
-    possible = on_gpu and fixed and not sharded and not cfg.retrieval.enabled
-    if cfg.train.cuda_graphs == "auto":
+    fixed_sizes = ENCODERS[model.encoder].has_fixed_sizes(model)
+    fixed_views = train.target_view == "covering"
+    possible = on_gpu and fixed_sizes and fixed_views and not sharded and not retrieval
+    if train.cuda_graphs == "auto":
         return possible and world_size == 1
 
     rule = (

@@ -17,7 +17,9 @@ from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.filling import BatchFiller
 from pipeline.config import RunConfig, TrainConfig, UserError
+from pipeline.model.flops import Flops
 from pipeline.model.ranker import RankingModel
+from pipeline.model.work import count_work
 from pipeline.train.checkpoint import (
     CheckpointFolder,
     Saved,
@@ -62,18 +64,20 @@ def train(
     begin_with: Callable[[Trainee], None] | None = None,
     report: Report | None = None,
 ) -> RankingModel:
-    """Train to the last step of the last epoch, or to an early stop, from `resume` on where it is
-    given.
+    """Train to the end of the last epoch, or to an early stop, from `resume` on where it is given.
 
-    `checkpoints` get one every `train.checkpoint_every` steps, at every validation better than all
-    before, and at the end; `validate` is called every `train.validate_every` steps; `log` gets
-    values that are the same on all ranks, every `train.log_every` steps and after a validation, and
-    `report` the newest of them with each checkpoint and each validation, on every rank.
-    Rank 0 leaves its trace of `train.profile_steps` in `profile_dir`. `wishes` may ask for a
-    checkpoint at once, or for one and the end: then the run is not finished, and goes on from there
-    another time. On a CPU that takes a step, on a GPU up to `train.log_every`, since looking for it
-    makes the host wait for the device. Without `resume`, `begin_with` may set other weights than
-    the random ones.
+    Args:
+        checkpoints: get one every `train.checkpoint_every` steps, at every validation better than
+            all before, and at the end.
+        validate: is called every `train.validate_every` steps.
+        log: gets values that are the same on all ranks, every `train.log_every` steps and after a
+            validation.
+        report: gets the newest of them with each checkpoint and each validation, on every rank.
+        profile_dir: where rank 0 leaves its trace of `train.profile_steps`.
+        wishes: may ask for a checkpoint at once, or for one and the end: then the run is not
+            finished, and goes on from there another time. On a CPU that takes a step, on a GPU up
+            to `train.log_every`, since looking for it makes the host wait for the device.
+        begin_with: sets other weights than the random ones, where there is no `resume`.
 
     Raises:
         UserError: `resume` is of a run with other settings or data.
@@ -97,12 +101,20 @@ def train(
     milestones = Milestones(trainee, state, identity, checkpoints, report)
     profiler = StepProfiler(cfg.train.profile_steps if rank == 0 else None, profile_dir, device)
 
-    num_items = maps.vocab_sizes["item_id"] - 1
-    make_batches = partial(remaining_batches, loader, cfg, num_items, filler=trainee.filler)
+    make_batches = _batch_maker(cfg, maps, loader, trainee.filler)
     with open_batches(make_batches, state, cfg.train) as batches:
         steps = take_steps(trainee, batches, progress, profiler, wishes)
         _train_on(steps, trainee, cadence, progress, milestones, validate, wishes)
     return trainee.model
+
+
+def _batch_maker(
+    cfg: RunConfig, maps: FeatureMaps, loader: Loader, filler: BatchFiller | None
+) -> MakeBatches:
+    """`remaining_batches` of this run, which a process for batches can be sent."""
+    num_items = maps.vocab_sizes["item_id"] - 1  # what a next item is told apart from
+    count = partial(count_work, cfg=cfg, num_items=num_items)
+    return partial(remaining_batches, loader, cfg.train.epochs, count, filler=filler)
 
 
 def take_steps(
@@ -266,21 +278,20 @@ def _first_state(
 
 def remaining_batches(
     loader: Loader,
-    cfg: RunConfig,
-    num_items: int,
+    epochs: int,
+    count: Callable[[SequenceBatch], Flops],
     first_epoch: int,
     first_step: int,
     *,
     filler: BatchFiller | None = None,
 ) -> Iterator[Counted]:
-    """What is left of the run from a step of an epoch on.
+    """What is left of a run of `epochs` from a step of an epoch on.
 
-    `num_items`: those of the training period, which a next item is told apart from. `filler`: of
-    the batches that go into CUDA graphs.
+    `count` says the work of a batch. `filler`: of the batches that go into CUDA graphs.
     """
-    for epoch in range(first_epoch, cfg.train.epochs):
+    for epoch in range(first_epoch, epochs):
         batches = loader.batches(epoch, first_step if epoch == first_epoch else 0)
-        yield from fill_batches(count_batches(batches, cfg, num_items), filler)
+        yield from fill_batches(count_batches(batches, count), filler)
 
 
 @contextmanager

@@ -1,16 +1,14 @@
 """Batches made ahead of their use, with the work in them, and the speed at which they are used."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.filling import BatchFiller
-from pipeline.config import RunConfig
 from pipeline.model.flops import Flops
-from pipeline.model.work import count_work
 from pipeline.train.checkpoint import TrainState
 from pipeline.train.loader_process import Counted
 
@@ -18,11 +16,14 @@ T = TypeVar("T")
 
 
 def count_batches(
-    batches: Iterator[SequenceBatch], cfg: RunConfig, num_items: int = 0
+    batches: Iterator[SequenceBatch], count: Callable[[SequenceBatch], Flops]
 ) -> Iterator[Counted]:
-    """Each batch with the work of one forward pass over it, counted before it leaves the CPU."""
+    """Each batch with the work of one forward pass over it, counted before it leaves the CPU.
+
+    `count` is `count_work` of the run.
+    """
     for batch in batches:
-        yield batch, count_work(batch, cfg, num_items)
+        yield batch, count(batch)
 
 
 def fill_batches(batches: Iterator[Counted], filler: BatchFiller | None) -> Iterator[Counted]:

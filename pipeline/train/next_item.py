@@ -18,7 +18,7 @@ from kernels.full_softmax.torch_chunked import chunked_log_partition
 from kernels.sampled_softmax.op import draw_negatives, sampled_softmax
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import FeatureMaps
-from pipeline.config import RunConfig
+from pipeline.config import RetrievalConfig
 from pipeline.model.encoders.encoder import Encoded
 from pipeline.model.ranker import RankingModel
 from pipeline.model.retrieval import RetrievalHead
@@ -34,22 +34,37 @@ class NextItemLoss:
 
     The items are those of the training period: one that training never saw could only be learned as
     wrong.
+
+    Args:
+        id_dropout: the share of ids that a step leaves out, as `features.item_id_dropout`.
+        precision: of the encoder's rows, as `train.precision`.
     """
 
-    def __init__(self, cfg: RunConfig, maps: FeatureMaps, device: torch.device | str) -> None:
-        self.cfg, self.id_dropout = cfg.retrieval, cfg.features.item_id_dropout
+    def __init__(
+        self,
+        cfg: RetrievalConfig,
+        maps: FeatureMaps,
+        device: torch.device | str,
+        *,
+        id_dropout: float = 0.0,
+        precision: str = "fp32",
+    ) -> None:
+        self.cfg, self.id_dropout = cfg, id_dropout
         # rows of the encoder in bfloat16 know less than TF32 keeps; else as PyTorch is set
-        self.tf32 = True if cfg.train.precision == "bf16" else None
+        self.tf32 = True if precision == "bf16" else None
+
+        # the items that training saw, by their codes
         codes = torch.from_numpy(maps.item_codes)
         seen = codes[:, 0] > 0
         order = codes[seen, 0].argsort()
         self.item_codes = codes[seen][order].to(device)
 
-        self.popularity = None
+        self.popularity: Tensor | None = None
         if self.cfg.loss in ("popularity", "in_batch"):
             counts = torch.from_numpy(maps.next_count)[seen][order].float()
             self.popularity = (counts / counts.sum()).to(device)
-        self.memory = None
+
+        self.memory: CrossBatchMemory | None = None
         if self.cfg.memory != "none":
             self.memory = CrossBatchMemory(self.cfg, device)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import FeatureConfig, ModelConfig, RunConfig, TrainConfig
+from pipeline.config import FeatureConfig, ModelConfig, TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,16 @@ def table_shapes(
 
 
 def place_tables(
-    cfg: RunConfig, vocab_sizes: dict[str, int], world_size: int
+    features: FeatureConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    vocab_sizes: dict[str, int],
+    world_size: int,
 ) -> dict[str, Placement]:
     """The placement of every table of the model, by `train.tables` and its neighbours."""
-    train, plan = cfg.train, {}
-    shapes = table_shapes(cfg.features, cfg.model, vocab_sizes)
-    for name, (rows, width) in shapes.items():
-        grows = name in cfg.feature_tables
+    plan = {}
+    for name, (rows, width) in table_shapes(features, model, vocab_sizes).items():
+        grows = name in features.tables
         plan[name] = Placement(
             rows=rows,
             width=width,

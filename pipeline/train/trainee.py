@@ -59,7 +59,7 @@ class Trainee:
         self.cfg, self.seed, self.model_cfg = cfg.train, cfg.seed, cfg.model
         self.rank, self.world_size = rank, world_size
 
-        plan = place_tables(cfg, maps.vocab_sizes, world_size)
+        plan = place_tables(cfg.features, cfg.model, cfg.train, maps.vocab_sizes, world_size)
         maker = TableMaker(plan, rank, device, cfg.seed)
         model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates, maker).to(device)
         maker.check_tables(model)
@@ -87,7 +87,10 @@ class Trainee:
         # forward and backward as CUDA graphs, and what fills batches up to their sizes
         self.graphs: StepGraphs | None = None
         self.filler: BatchFiller | None = None
-        if uses_graphs(cfg, device, world_size, sharded=bool(maker.sharded)):
+        sharded, retrieval = bool(maker.sharded), cfg.retrieval.enabled
+        if uses_graphs(
+            cfg.model, cfg.train, device, world_size, retrieval=retrieval, sharded=sharded
+        ):
             self.graphs = StepGraphs(self._captured, self.tables, cfg.train.max_cuda_graphs)
             self.filler = BatchFiller.of_run(cfg)
 
@@ -108,7 +111,10 @@ class Trainee:
 
         if cfg.retrieval.enabled:
             _refuse_sharded_items(sharded)
-            self.next_item = NextItemLoss(cfg, maps, device)
+            dropout, precision = cfg.features.item_id_dropout, cfg.train.precision
+            self.next_item = NextItemLoss(
+                cfg.retrieval, maps, device, id_dropout=dropout, precision=precision
+            )
             self.loss_names = (*self.loss_names, LOSS_NAME)
             weights.append(cfg.retrieval.weight)
         if cfg.retrieval.enabled and cfg.retrieval.reinforce != "none":

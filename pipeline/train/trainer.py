@@ -85,7 +85,7 @@ def fit_model(
     """
     check_run(cfg.model, cfg.train, retrieval=cfg.retrieval.enabled)
     start = prepare_start(cfg, champion, restart=restart)
-    cfg = with_start(cfg, start)
+    cfg = replace(cfg, train=with_start(cfg.train, start))
     folder = cfg.train_dir
 
     digest = store.read_manifest(cfg.sequence_dir).digest
@@ -98,12 +98,12 @@ def fit_model(
         refuse_impossible_size(cfg.ray, train)
 
     with _store_workers(cfg.sequence_dir, cfg.ray, cfg.runs_dir) as each_task:
-        maps = fit_features(_absolute(cfg), each_task)
+        maps = fit_features(cfg.with_absolute_folders(), each_task)
         folder.mkdir(parents=True, exist_ok=True)
         maps.save(folder)
         if not finished:
             # here, so that no training worker reads the store to count
-            steps = step_plan(_absolute(cfg), folder / "steps.json", each_task)
+            steps = step_plan(cfg.with_absolute_folders(), folder / "steps.json", each_task)
 
     if not finished:
         refuse_long_warmup(train.warmup_steps, steps.steps_per_epoch * train.epochs)
@@ -143,11 +143,11 @@ def earlier_checkpoint(cfg: RunConfig) -> Saved | None:
     Raises:
         UserError: the run began with other settings or data, or none of its checkpoints is whole.
     """
-    cfg = with_start(cfg, earlier_start(cfg.train_dir))
-    found = open_checkpoints(cfg.train_dir, cfg.train).newest()
+    train = with_start(cfg.train, earlier_start(cfg.train_dir))
+    found = open_checkpoints(cfg.train_dir, train).newest()
     if found is not None:
         digest = store.read_manifest(cfg.sequence_dir).digest
-        wanted = run_identity(replace(cfg, train=with_readers(cfg.train, found)), digest)
+        wanted = run_identity(replace(cfg, train=with_readers(train, found)), digest)
         check_identity(found.identity, wanted, cfg.name)
     return found
 
@@ -184,19 +184,19 @@ def _store_workers(sequence_dir: Path, cfg: RayConfig, runs_dir: str) -> Iterato
         yield run
 
 
-def _absolute(cfg: RunConfig) -> RunConfig:
-    """For a worker, which has a current folder of its own."""
-    return replace(cfg, runs_dir=str(cfg.run_dir.parent))
-
-
 def _make_trainer(
     cfg: RunConfig, digest: str, steps: StepPlan, run: Run | None, start: WarmStart | None
 ) -> "QuietTrainer":
     train = cfg.train
     # at each look Ray Train takes a report; after its own 2 s a second one would be waited for
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", LOOK_EVERY_S)
-    settings = {"cfg": config.to_dict(_absolute(cfg)), "digest": digest, "steps": steps, "run": run}
-    settings["start"] = start
+    settings = {
+        "cfg": config.to_dict(cfg.with_absolute_folders()),
+        "digest": digest,
+        "steps": steps,
+        "run": run,
+        "start": start,
+    }
 
     backend = "nccl" if train.use_gpu else "gloo"
     return QuietTrainer(
@@ -254,7 +254,7 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     before = open_checkpoints(cfg.train_dir, train).newest()
     cfg = replace(cfg, train=with_readers(train, before))
     maps = fit_features(cfg)
-    tables = place_tables(cfg, maps.vocab_sizes, train.num_workers)
+    tables = place_tables(cfg.features, cfg.model, train, maps.vocab_sizes, train.num_workers)
     with torch.device("meta"):  # shapes alone: a table may be larger than this machine
         model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates)
     table_values = sum(table.rows * table.width for table in tables.values())

@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from pipeline import config
 from pipeline.batches.features import FeatureMaps, first_code
-from pipeline.config import FeatureConfig, RunConfig, UserError
+from pipeline.config import FeatureConfig, RunConfig, TrainConfig, UserError
 from pipeline.files import sha256_of, write_atomically
 from pipeline.model.artifact import INDEX, verified
 from pipeline.sequences import store
@@ -78,7 +78,7 @@ def start_from(cfg: RunConfig, model: Path) -> WarmStart:
     """
     verified(model, "model")
     began = config.from_dict(json.loads((model / "config.json").read_text()))
-    _refuse_other_shape(cfg, began)
+    _refuse_other_shape(config.to_dict(cfg), config.to_dict(began))
     columns = store.read_manifest(cfg.sequence_dir).events
     FeatureMaps.load(model).refuse_other_ids(columns, cfg.sequence_dir)
 
@@ -94,11 +94,10 @@ def start_from(cfg: RunConfig, model: Path) -> WarmStart:
     return WarmStart(str(model), sha256_of(model / INDEX), since)
 
 
-def _refuse_other_shape(cfg: RunConfig, began: RunConfig) -> None:
-    ours, theirs = config.to_dict(cfg), config.to_dict(began)
-    pairs: dict[str, tuple[Any, Any]] = {
-        "source.actions": (list(cfg.source.actions), list(began.source.actions))
-    }
+def _refuse_other_shape(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Hold the settings of a run, as `to_dict` gives them, against those of the champion's."""
+    actions = ours["source"]["actions"], theirs["source"]["actions"]
+    pairs: dict[str, tuple[Any, Any]] = {"source.actions": actions}
     for section in FITTING:
         here = config.flatten({section: ours[section]})
         there = config.flatten({section: theirs[section]})
@@ -151,19 +150,18 @@ def aside(run_dir: Path) -> Path:
     return run_dir / "train_before"
 
 
-def with_start(cfg: RunConfig, start: WarmStart | None) -> RunConfig:
+def with_start(train: TrainConfig, start: WarmStart | None) -> TrainConfig:
     """The settings of a training that begins so: the time from which rows are new, its own number
     of passes, and a warm-up that fits however few steps a day has.
     """
     if start is None:
-        return cfg
-    train = replace(
-        cfg.train,
+        return train
+    return replace(
+        train,
         targets_since=start.targets_since,
-        epochs=cfg.train.champion_epochs,
+        epochs=train.champion_epochs,
         warmup_steps=None,
     )
-    return replace(cfg, train=train)
 
 
 def own_checkpoint(folder: Path, model: Path) -> Path | None:
