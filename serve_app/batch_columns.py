@@ -26,6 +26,7 @@ from serve_app.columns import (
     read_head,
     read_ids,
     read_stream,
+    refuse_many_users,
     write_stream,
 )
 from serve_app.ids import own_id, read_id
@@ -52,11 +53,12 @@ class RankBatchHead(StrictModel):
     top_k: int | None = Field(default=None, ge=1)
 
 
-def read_batch(body: bytes) -> list[RankColumns]:
+def read_batch(body: bytes, most_users: int) -> list[RankColumns]:
     """The request of each user of the body.
 
     Raises:
-        BadBody: not an Arrow stream, a column or type that does not belong there, or a bad head.
+        BadBody: not an Arrow stream, a column or type that does not belong there, a bad head, or
+        more than `most_users`.
     """
     table = read_stream(body, USER_ID, ITEM_ID)
     head = read_head(table.schema.metadata or {}, RankBatchHead)
@@ -70,6 +72,7 @@ def read_batch(body: bytes) -> list[RankColumns]:
 
     # a request begins where the user changes
     begins = np.flatnonzero(np.diff(user_codes, prepend=user_codes[0] - 1))
+    refuse_many_users(len(begins), most_users)
     ends = np.append(begins[1:], len(user_codes))
     requests = []
     for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):

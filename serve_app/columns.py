@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.logs.columns import text_codes as feature_codes
 from pipeline.logs.ids import LONGEST_ID, text_codes
+from serve_app.client_json import MOST_NAMES, BadJson, read_json
 from serve_app.ids import TextId, id_text
 from serve_app.schemas import (
     RankExplanation,
@@ -93,30 +94,29 @@ class RankColumns:
         """The same as columns.
 
         Raises:
-            BadBody: some item ids are text and some are integers.
+            BadBody: some item ids are text and some are integers, or the candidates name more than
+            `MOST_NAMES` features.
         """
         asked = request.candidates
         items = [candidate.item_id for candidate in asked]
-        names: set[str] = set()
+        features: dict[str, np.ndarray] = {}
         texts: dict[str, TextValue] = {}
-        for candidate in asked:
-            names.update(candidate.request_features)
+        for place, candidate in enumerate(asked):
             for name, value in candidate.request_features.items():
+                if name not in features:
+                    _refuse_one_more(features, place)
+                    shared = request.request_features.get(name, UNKNOWN)
+                    features[name] = np.full(len(asked), shared, np.int32)
+                features[name][place] = value
                 if isinstance(value, TextValue):
                     texts.setdefault(name, value)
-
-        features = {}
-        for name in sorted(names):
-            shared = request.request_features.get(name, UNKNOWN)
-            values = [candidate.request_features.get(name, shared) for candidate in asked]
-            features[name] = np.array(values, np.int32)
 
         head = {name: getattr(request, name) for name in RankHead.model_fields}
         return cls(
             head=RankHead.model_construct(**head),  # validated already
             item_id=np.array(items, np.int64),
             item_text=_texts_of(items),
-            features=features,
+            features=dict(sorted(features.items())),
             feature_texts=texts,
         )
 
@@ -253,6 +253,10 @@ def read_stream(body: bytes, *ids: str) -> pa.Table:
         raise BadBody(
             [Refusal.of(["body"], f"not an Arrow IPC stream: {error}", f"{len(body)} bytes")]
         ) from None
+    # hundreds of columns may name the same bytes, and each would be copied
+    if table.nbytes > len(body):
+        rule = "columns of bytes of their own"
+        raise BadBody([Refusal.of(["body"], rule, f"{table.nbytes} in {len(body)} bytes")])
     for name in ids:
         if table[name].null_count:
             nulls = f"{table[name].null_count} nulls"
@@ -261,6 +265,9 @@ def read_stream(body: bytes, *ids: str) -> pa.Table:
 
 
 def _check_schema(schema: pa.Schema, ids: Sequence[str]) -> None:
+    if len(schema) > len(ids) + MOST_NAMES:
+        rule = f"at most {MOST_NAMES} columns beside {', '.join(ids)}"
+        raise BadBody([Refusal.of(["body"], rule, len(schema))])
     for name in ids:
         if schema.names.count(name) != 1 or len(set(schema.names)) != len(schema.names):
             rule = f"one column {name}, and no name twice"
@@ -270,6 +277,12 @@ def _check_schema(schema: pa.Schema, ids: Sequence[str]) -> None:
         if column.type not in allowed:
             rule = f"must be {' or '.join(map(str, allowed))}"
             raise BadBody([Refusal.of(["body", column.name], rule, column.type)])
+
+
+def refuse_many_users(num_users: int, most: int) -> None:
+    """Raises BadBody for a body of more users than one request may have."""
+    if num_users > most:
+        raise BadBody([Refusal.of(["body", "requests"], f"at most {most} users", num_users)])
 
 
 def read_ids(table: pa.Table, name: str) -> tuple[np.ndarray, list[str] | None]:
@@ -320,6 +333,14 @@ def read_feature(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, TextValue | 
     codes = pa.chunked_array([feature_codes(values).cast(pa.int32())])
     known = values.filter(codes.is_valid())
     return codes, TextValue(known[0].as_py()) if len(known) else None
+
+
+def _refuse_one_more(features: Mapping[str, np.ndarray], place: int) -> None:
+    """Raises BadBody where a candidate names another feature than the most that there may be."""
+    if len(features) == MOST_NAMES:
+        where = ["body", "candidates", place, "request_features"]
+        rule = f"at most {MOST_NAMES} features of all candidates together"
+        raise BadBody([Refusal.of(where, rule, MOST_NAMES + 1)])
 
 
 def _texts_of(items: Sequence[int]) -> list[str] | None:
@@ -373,10 +394,23 @@ def read_head(metadata: Mapping[bytes, bytes], kind: type[Head]) -> Head:
     if HEAD not in metadata:
         rule = "missing from the schema's metadata"
         raise BadBody([Refusal.of(["body", HEAD.decode()], rule, list(metadata))])
+    return read_object(metadata[HEAD], kind, ["body", HEAD.decode()])
+
+
+def read_object(text: bytes, kind: type[Head], where: Sequence[str]) -> Head:
+    """An object of this kind from its JSON, which lies at `where`.
+
+    Raises:
+        BadBody: it is no such object.
+    """
     try:
-        return kind.model_validate_json(metadata[HEAD])
+        return kind.model_validate(read_json(text))
     except ValidationError as error:
-        raise BadBody(refusals_of(error, ["body", HEAD.decode()])) from None
+        raise BadBody(refusals_of(error, where)) from None
+    except BadJson as error:
+        raise BadBody([error.refusal.model_copy(update={"loc": [*where]})]) from None
+    except (ValueError, RecursionError) as error:
+        raise BadBody([Refusal.of(where, f"not JSON: {error}", f"{len(text)} bytes")]) from None
 
 
 def refusals_of(error: ValidationError, where: Sequence[str]) -> list[Refusal]:

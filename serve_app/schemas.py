@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -23,6 +23,10 @@ TimeMs = Annotated[int, Field(ge=0, lt=2**53)]
 # The bound makes pydantic read the text as UTF-8, which has no lone surrogates ("\ud800"): they
 # would fail between processes, beyond any check.
 Name = Annotated[str, Field(min_length=1)]
+
+Part = TypeVar("Part")
+# The first part that is wrong ends the check: a million wrong ones would take minutes to tell.
+Parts = Annotated[list[Part], Field(fail_fast=True)]
 
 
 class TextValue(int):
@@ -133,7 +137,7 @@ class UserHead(StrictModel):
     """
 
     user_id: Id | None = None
-    history: list[HistoryRow] | None = Field(
+    history: Parts[HistoryRow] | None = Field(
         default=None,
         description="in the place of what the server knows; without user_id the user's features "
         "are unknown",
@@ -184,7 +188,7 @@ class RankRequest(RankHead):
 
     model_config = ConfigDict(json_schema_extra={"examples": [RANK_EXAMPLE]})
 
-    candidates: list[Candidate] = Field(min_length=1)
+    candidates: Parts[Candidate] = Field(min_length=1)
 
 
 RANK_ANSWER_EXAMPLE = {
@@ -318,7 +322,7 @@ class EventsRequest(StrictModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"events": [EVENT_EXAMPLE]}]})
 
-    events: list[Event] = Field(min_length=1)
+    events: Parts[Event] = Field(min_length=1)
 
 
 EventStatus = Literal["accepted", "merged", "already_there", "conflict", "over_quota"]
@@ -398,7 +402,7 @@ class RankBatchRequest(StrictModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"requests": [RANK_EXAMPLE]}]})
 
-    requests: list[RankRequest] = Field(min_length=1)
+    requests: Parts[RankRequest] = Field(min_length=1)
 
 
 class RefusedRow(BaseModel):

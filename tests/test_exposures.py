@@ -12,7 +12,7 @@ from pipeline.config import ConfigError, ExposureConfig, RunConfig, ServeConfig,
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.feedback import exposures, served_log
 from serve_app.feedback.exposures import ServedAnswers
-from serve_app.feedback.served_rows import Served, served_table
+from serve_app.feedback.served_rows import Served
 from serve_app.history.export import Export, export_events
 from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.ranking.rollout import read_limits
@@ -90,7 +90,7 @@ def write_served(tmp_path: Path, *served: Served, written_ms: int = SHOWN + 60_0
     day.mkdir(parents=True, exist_ok=True)
     for one in served:
         number = len(list(day.iterdir()))
-        pq.write_table(served_table([one], 100), day / f"one-{written_ms}-{number}.parquet")
+        pq.write_table(one.rows(100), day / f"one-{written_ms}-{number}.parquet")
 
 
 def export(cfg: RunConfig, log: SqliteEvents, tmp_path: Path, **settings: object) -> Export:

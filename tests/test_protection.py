@@ -83,7 +83,15 @@ def test_keys_come_and_go_without_a_restart(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "# none\n", "key-in-the-clear shop\n", hashed("a") + "\n", hashed("a")[1:] + " a"]
+    "text",
+    [
+        "",
+        "# none\n",
+        "key-in-the-clear shop\n",
+        hashed("a") + "\n",
+        hashed("a")[1:] + " a",
+        hashed("") + " shop\n",  # of a variable that was not set: nobody would need a key
+    ],
 )
 def test_broken_files_of_keys(tmp_path: Path, text: str) -> None:
     path = tmp_path / "keys"

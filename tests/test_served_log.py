@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
 import queue
 import threading
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from serve_app.schemas import Refusal
 from serve_app.web.api import make_api
 from serve_app.web.replica import Unavailable
 from tests.support.exposition import sample
+from tests.support.patience import wait_until
 from tests.worlds.web import Fixed, call
 
 ASKED = {
@@ -147,3 +151,52 @@ def test_no_answer_waits_for_a_disk_that_is_gone(
     text = call(api, "GET", "/metrics").text
     assert sample(text, "ranking_served_total", status="dropped") == 6
     assert sample(text, "ranking_served_total", status="written") == 0
+
+
+def test_old_files_go_and_the_log_outlives_one_that_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    day, now_ms = tmp_path / "2026-01-01", int(time.time() * 1000)
+    day.mkdir()
+    old = day / f"one-{now_ms - 3 * 86_400_000}-0.parquet"
+    young = day / f"one-{now_ms - 86_400_000}-1.parquet"
+    for path in (old, young, day / "of-somebody-else.parquet"):
+        path.touch()
+        os.utime(path, (now_ms / 1000, 0))  # forgetting a user writes a file anew
+    served_log.remove_older(str(tmp_path), days=2)
+    assert sorted(path.name for path in day.iterdir()) == ["of-somebody-else.parquet", young.name]
+
+    def refuse(folder: str, days: float) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(served_log, "remove_older", refuse)
+    monkeypatch.setattr(served_log, "MAX_ROWS", 1)
+    api = api_with(tmp_path / "served")
+    for times in (1, 2):
+        call(api, "POST", "/v1/rank", json=ASKED)
+        wait_until(
+            lambda times=times: len(served_log.served_files(str(tmp_path / "served"))) == times,
+            "the file of an answer",
+        )
+    api.state.served.close()
+    assert "still there" in caplog.text
+
+
+def test_answers_that_wait_for_their_file_hold_their_best_places_alone(tmp_path: Path) -> None:
+    api = api_with(tmp_path, places=2)
+    answers: list[weakref.ref[np.ndarray]] = []
+    rank = api.state.replica.rank
+
+    async def rank_and_watch(request: RankColumns) -> RankedColumns | Refusal:
+        answer = await rank(request)
+        answers.append(weakref.ref(answer.item_id))
+        return answer
+
+    api.state.replica.rank = rank_and_watch
+    many = [{"item_id": item} for item in range(1000)]
+    for _ in range(3):
+        assert call(api, "POST", "/v1/rank", json=ASKED | {"candidates": many}).status_code == 200
+    wait_until(lambda: all(answer() is None for answer in answers), "answers that nobody holds")
+
+    api.state.served.close()
+    assert len(read_rows(tmp_path)) == 3 * 2

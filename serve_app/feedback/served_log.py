@@ -31,7 +31,6 @@ from serve_app.feedback.served_rows import (
     FailedRequest,
     Served,
     head_of,
-    served_table,
 )
 from serve_app.metrics import IngressMetrics
 from serve_app.page.schemas import TRIAL_KEY
@@ -42,6 +41,7 @@ logger = logging.getLogger("ray.serve")
 
 MAX_WAITING = 2000  # answers that the queue holds
 MAX_ROWS = 200_000  # of one file
+Kept = dict[tuple[str, ...], list[pa.Table]]  # rows of answers, by their columns
 WRITTEN = re.compile(r"-(\d+)-\d+\.parquet$")  # when a file was written, in ms, and its number
 
 
@@ -113,7 +113,7 @@ class ServedLog:
         self._thread.join()
 
     def _write_all(self) -> None:
-        kept: list[Served | FailedRequest] = []
+        kept: Kept = {}
         num_rows, due = 0, time.monotonic() + self.settings.flush_s
         ended = False
         while not ended:
@@ -124,28 +124,41 @@ class ServedLog:
             else:
                 ended = one is None
                 if one is not None:
-                    kept.append(one)
-                    num_rows += min(one.length, self.settings.places)
+                    num_rows += self._keep_rows(one, kept)
+                del one  # an answer may hold thousands of candidates more
 
             if ended or num_rows >= MAX_ROWS or time.monotonic() >= due:
                 self._write_files(kept)
-                kept, num_rows = [], 0
+                kept, num_rows = {}, 0
                 due = time.monotonic() + self.settings.flush_s
 
-    def _write_files(self, kept: Sequence[Served | FailedRequest]) -> None:
-        """One file for the answers of each set of tasks and features."""
-        by_columns: dict[tuple[str, ...], list[Served | FailedRequest]] = {}
-        for one in kept:
-            by_columns.setdefault(one.columns(), []).append(one)
+    def _keep_rows(self, one: Served | FailedRequest, kept: Kept) -> int:
+        """Add the rows of an answer to those of the same columns; returns how many there are."""
+        try:
+            rows = one.rows(self.settings.places)
+        except Exception:
+            logger.exception("an answer is not in the served log")
+            self.metrics.served.labels("dropped").inc()
+            return 0
+        kept.setdefault(tuple(rows.column_names), []).append(rows)
+        return rows.num_rows
 
-        for same in by_columns.values():
+    def _write_files(self, kept: Kept) -> None:
+        """One file for the answers of each set of tasks and features; the thread goes on whatever
+        happens to it.
+        """
+        for answers in kept.values():
             try:
-                self._write_file(served_table(same, self.settings.places))
-                self.metrics.served.labels("written").inc(len(same))
+                self._write_file(pa.concat_tables(answers))
+                self.metrics.served.labels("written").inc(len(answers))
             except Exception:  # a disk that is full, a bucket that is gone: ranking goes on
-                logger.exception("%d answers are not in the served log", len(same))
-                self.metrics.served.labels("dropped").inc(len(same))
-        remove_older(self.settings.folder, self.settings.days)
+                logger.exception("%d answers are not in the served log", len(answers))
+                self.metrics.served.labels("dropped").inc(len(answers))
+
+        try:
+            remove_older(self.settings.folder, self.settings.days)
+        except OSError:
+            logger.exception("older files of the served log are still there")
 
     def _write_file(self, table: pa.Table) -> None:
         day = time.strftime("%Y-%m-%d", time.gmtime())
@@ -236,10 +249,12 @@ def remove_older(folder: str, days: float) -> None:
     """Remove local files older than `days`; a bucket has rules of its own for that."""
     if is_remote(folder):
         return
-    limit_s = time.time() - days * DAY_MS / 1000
+    limit_ms = time.time() * 1000 - days * DAY_MS
     for path in Path(folder).glob("*/*.parquet"):
-        if path.stat().st_mtime < limit_s:
-            path.unlink(missing_ok=True)
+        # by its name: whoever forgets users writes the file anew
+        name = WRITTEN.search(path.name)
+        if name is not None and int(name[1]) < limit_ms:
+            path.unlink(missing_ok=True)  # each ingress does so
 
 
 def forget_served(folder: str, user_ids: Iterable[int]) -> int:

@@ -69,10 +69,6 @@ class Served:
         """Whose history it is, and when."""
         return head_of(self.request)
 
-    @property
-    def length(self) -> int:
-        return len(self.answer.item_id)
-
     def columns(self) -> tuple[str, ...]:
         """The names of the columns beside FIXED."""
         features = set(self.head.request_features)
@@ -106,14 +102,6 @@ class FailedRequest:
     head: UserHead
     failure: str  # name of the exception
     served_at: int
-
-    @property
-    def length(self) -> int:
-        return 1
-
-    def columns(self) -> tuple[str, ...]:
-        """None beside FIXED."""
-        return ()
 
     def rows(self, most: int) -> pa.Table:
         """One, whatever `most` is."""
@@ -169,11 +157,6 @@ def _list_places(answer: RecommendedList, head: UserHead, most: int) -> ServedPl
         features[name] = np.full(len(items), value, np.int32)
     scores = {task: values[:most] for task, values in answer.scores.items()}
     return ServedPlaces(items, texts, scores, features, answer.source[:most])
-
-
-def served_table(served: Sequence[Served | FailedRequest], most: int) -> pa.Table:
-    """A row for each of the best `most` places of each answer; all have the same `columns`."""
-    return pa.concat_tables([one.rows(most) for one in served])
 
 
 def _served_rows(one: Served, most: int) -> pa.Table:

@@ -6,7 +6,7 @@ These routes belong to the page and may change with it; clients use /v1.
 from pydantic import BaseModel, Field
 
 from serve_app.ids import Id
-from serve_app.schemas import StrictModel
+from serve_app.schemas import Parts, StrictModel
 
 # Begins the trial_key of whatever the page asks: it looks at lists and serves nobody, so they are
 # not in the served log.
@@ -27,7 +27,7 @@ class UserQuestion(StrictModel):
 class ItemsQuestion(StrictModel):
     """What is known of these items?"""
 
-    item_ids: list[Id] = Field(min_length=1, max_length=MOST_ITEMS)
+    item_ids: Parts[Id] = Field(min_length=1, max_length=MOST_ITEMS)
 
 
 Question = StartQuestion | UserQuestion | ItemsQuestion

@@ -13,10 +13,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-from pydantic import ValidationError
 
 from pipeline.recommend.tables import lists_table
-from serve_app.columns import BadBody, read_ids, read_stream, refusals_of, write_stream
+from serve_app.columns import (
+    BadBody,
+    read_ids,
+    read_object,
+    read_stream,
+    refuse_many_users,
+    write_stream,
+)
 from serve_app.ids import own_id, read_id
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import ArrowOptions, ListOptions, RecommendRequest
@@ -26,16 +32,18 @@ OPTIONS = b"recommend"  # the metadata key
 USER_ID = "user_id"
 
 
-def read_requests(body: bytes) -> list[RecommendRequest]:
+def read_requests(body: bytes, most_users: int) -> list[RecommendRequest]:
     """The request of each user of the body.
 
     Raises:
-        BadBody: not an Arrow stream, a column or type that does not belong there, or bad options.
+        BadBody: not an Arrow stream, a column or type that does not belong there, bad options, or
+        more than `most_users`.
     """
     table = read_stream(body, USER_ID)
     options = _read_options(table.schema.metadata or {})
     if table.num_rows == 0:
         raise BadBody([Refusal.of(["body", USER_ID], "at least one user", 0)])
+    refuse_many_users(table.num_rows, most_users)
 
     # what all users have in common
     shared = {name: getattr(options, name) for name in ListOptions.model_fields}
@@ -94,10 +102,7 @@ def _read_options(metadata: dict[bytes, bytes]) -> ArrowOptions:
     Raises:
         BadBody: one is wrong.
     """
-    try:
-        return ArrowOptions.model_validate_json(metadata.get(OPTIONS, b"{}"))
-    except ValidationError as error:
-        raise BadBody(refusals_of(error, ["body", OPTIONS.decode()])) from None
+    return read_object(metadata.get(OPTIONS, b"{}"), ArrowOptions, ["body", OPTIONS.decode()])
 
 
 def write_lists(requests: Sequence[RecommendRequest], lists: Sequence[RecommendedList]) -> bytes:

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from pipeline.recommend.filters import Condition, Range
 from pipeline.recommend.retriever import ColumnCap, MarginalRelevance, Wish
 from serve_app.ids import Id
-from serve_app.schemas import Name, RequestFeatures, StrictModel, TimeMs, UserHead, now_ms
+from serve_app.schemas import Name, Parts, RequestFeatures, StrictModel, TimeMs, UserHead, now_ms
 
 LONGEST_TEXT = 1000
 MOST_VALUES = 1000  # of a filter's list
@@ -34,7 +34,7 @@ class Exclude(StrictModel):
     """Items that a list must not have."""
 
     seen: bool = Field(default=True, description="items of the user's history")
-    items: list[Id] = Field(default_factory=list, max_length=MOST_EXCLUDED)
+    items: Parts[Id] = Field(default_factory=list, max_length=MOST_EXCLUDED)
 
 
 class RangeFilter(StrictModel):
@@ -153,7 +153,7 @@ class BatchRequest(StrictModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"requests": [RECOMMEND_EXAMPLE]}]})
 
-    requests: list[RecommendRequest] = Field(min_length=1)
+    requests: Parts[RecommendRequest] = Field(min_length=1)
 
 
 class ArrowOptions(ListOptions):

@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 
 from serve_app.columns import BadBody
 from serve_app.schemas import NoIndex, Refusal, StoreDown
+from serve_app.web.bodies import RefusedBody
 from serve_app.web.limits import json_reply
 from serve_app.web.replica import Overloaded, Unavailable
 
@@ -19,6 +20,7 @@ def add_error_handlers(api: FastAPI) -> None:
     """Answers to the exceptions of all routes; `RequestLog` answers any other one with a 500."""
     api.add_exception_handler(RequestValidationError, _answer_invalid)
     api.add_exception_handler(BadBody, _answer_bad_body)
+    api.add_exception_handler(RefusedBody, _answer_refused_body)
     api.add_exception_handler(Overloaded, _answer_overloaded)
     api.add_exception_handler(Unavailable, _answer_unavailable)
     api.add_exception_handler(NoIndex, _answer_no_index)
@@ -35,7 +37,8 @@ async def _answer_invalid(http: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     kind = http.headers.get("content-type", "none")
     refusals = []
-    for one in error.errors():
+    # a body may be wrong in ever so many places
+    for one in error.errors()[:MOST_ERRORS]:
         refusals.append(Refusal.of(one["loc"], _say_what_is_wrong(one, kind), one.get("input")))
     return refused(refusals)
 
@@ -52,6 +55,11 @@ def _say_what_is_wrong(found: dict[str, Any], content_type: str) -> str:
 async def _answer_bad_body(_: Request, error: Exception) -> Response:
     assert isinstance(error, BadBody)
     return refused(error.refusals)
+
+
+async def _answer_refused_body(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedBody)
+    return refused([error.refusal])
 
 
 async def _answer_overloaded(http: Request, _: Exception) -> Response:

@@ -3,11 +3,12 @@
 from fastapi import APIRouter, Request, Response
 
 from serve_app.schemas import EventsRequest, EventsResponse, Refusal
+from serve_app.web.bodies import BodyRoute
 from serve_app.web.errors import refused
 from serve_app.web.replica import RequestCounts, RunningReplica
 from serve_app.web.responses import CHECKED
 
-router = APIRouter(tags=["events"])
+router = APIRouter(tags=["events"], route_class=BodyRoute)
 
 
 @router.post("/v1/events", name="events", response_model=EventsResponse, responses=CHECKED)

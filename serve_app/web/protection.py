@@ -38,6 +38,7 @@ LOGGED_PATHS = (
     *UNLIMITED_PATHS,
     *OPEN_PATHS,
 )
+EMPTY_KEY = hashlib.sha256().hexdigest()  # of a variable that was not set, as a rule
 KEY_LINE = re.compile(r"([0-9a-f]{64})\s+(\S+)")
 # what layers and routes noted of a request
 LOGGED_FIELDS = (
@@ -119,6 +120,11 @@ def read_keys(path: Path) -> dict[str, str]:
         if match is None:  # the line is not repeated: it may be a key in the clear
             raise UserError(
                 f"serve.api_keys_file: {path} line {number} must be a sha256 in hex and a name"
+            )
+        if match[1] == EMPTY_KEY:
+            raise UserError(
+                f"serve.api_keys_file: {path} line {number} is the sha256 of no text at all: "
+                "whoever sends no key would be let in"
             )
         names[match[1]] = match[2]
 
@@ -219,7 +225,7 @@ def _answer_unknown_key() -> JSONResponse:
 def _bearer_key(scope: Scope) -> str:
     """The key of `Authorization: Bearer <key>`, "" where there is none.
 
-    "" is nobody's key: no file of keys holds its hash.
+    "" is nobody's key: `read_keys` refuses its hash.
     """
     for name, value in scope["headers"]:
         if name == b"authorization":
@@ -258,10 +264,18 @@ class LocalHosts:
             return None
         for name, value in scope["headers"]:
             text = value.decode("latin-1")
-            if name == b"host" and urlsplit(f"//{text}").hostname not in self.hosts:
+            if name == b"host" and _host_of(f"//{text}") not in self.hosts:
                 return "host"
-            if name == b"origin" and urlsplit(text).hostname not in self.hosts:
+            if name == b"origin" and _host_of(text) not in self.hosts:
                 return "origin"
+        return None
+
+
+def _host_of(url: str) -> str | None:
+    """The name of a machine, None where the text is no address: "//[" say."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
         return None
 
 

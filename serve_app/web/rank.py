@@ -15,6 +15,7 @@ from serve_app.columns import RankColumns, RankedColumns
 from serve_app.feedback.served_log import ServedLog, noting_failures
 from serve_app.ids import new_request_id
 from serve_app.schemas import RankRequest, RankResponse, Refusal
+from serve_app.web.bodies import BodyRoute
 from serve_app.web.errors import refused
 from serve_app.web.replica import Replica, RunningReplica
 from serve_app.web.responses import ARROW_ANSWER, ARROW_REQUEST, CHECKED
@@ -30,7 +31,7 @@ HOPS = {
     "write": "the answer's JSON or columns",
 }
 
-router = APIRouter(tags=["rank"])
+router = APIRouter(tags=["rank"], route_class=BodyRoute)
 
 
 @router.post("/v1/rank", name="rank", response_model=RankResponse, responses=CHECKED)

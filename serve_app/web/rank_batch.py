@@ -13,6 +13,7 @@ from serve_app import columns
 from serve_app.batch_columns import read_batch, write_batch
 from serve_app.columns import BadBody, RankColumns, RankedColumns
 from serve_app.schemas import RankBatchRequest, RankBatchResponse, Refusal, RefusedRow
+from serve_app.web.bodies import BodyRoute
 from serve_app.web.errors import refused
 from serve_app.web.rank import rank_columns
 from serve_app.web.replica import Overloaded, Replica, RunningReplica, Unavailable
@@ -20,7 +21,7 @@ from serve_app.web.responses import ARROW_ANSWER, ARROW_REQUEST, CHECKED
 
 ROWS_TOGETHER = 16  # of one request: others get in between
 
-router = APIRouter(tags=["rank"])
+router = APIRouter(tags=["rank"], route_class=BodyRoute)
 
 
 @router.post(
@@ -66,7 +67,7 @@ async def rank_batch_arrow(http: Request, replica: RunningReplica) -> Response:
     `user_id`, `item_id`, `score.<task>` (float32) and `place` (int32, 0 is best); under the same
     key are `answers`, the other fields of each user's answer, and `refused`.
     """
-    requests = read_batch(await http.body())
+    requests = read_batch(await http.body(), http.app.state.max_rank_users)
     answered = await _rank_rows(replica, requests, http)
     if isinstance(answered, Response):
         return answered

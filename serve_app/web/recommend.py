@@ -16,11 +16,12 @@ from serve_app.recommend.schemas import (
     RecommendResponse,
 )
 from serve_app.schemas import Refusal
+from serve_app.web.bodies import BodyRoute
 from serve_app.web.errors import refused
 from serve_app.web.replica import Replica, RunningReplica
 from serve_app.web.responses import ARROW_ANSWER, ARROW_REQUEST, INDEXED
 
-router = APIRouter(tags=["recommend"])
+router = APIRouter(tags=["recommend"], route_class=BodyRoute)
 
 
 @router.post("/v1/recommend", name="recommend", response_model=RecommendResponse, responses=INDEXED)
@@ -75,7 +76,8 @@ async def recommend_arrow(http: Request, replica: RunningReplica) -> Response:
     `score`, `retrieval_score` (float32) and `source`; under the same key is a JSON list of the
     other fields of each user's answer.
     """
-    requests = arrow.read_requests(await http.body())
+    limit = http.app.state.max_recommend_users
+    requests = arrow.read_requests(await http.body(), limit)
     lists = await _recommend(replica, requests, http)
     if isinstance(lists, Refusal):
         return refused([lists])

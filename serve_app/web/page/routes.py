@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from serve_app.page.schemas import ItemsQuestion, Question, Shown, StartQuestion, UserQuestion
 from serve_app.schemas import Refusal
+from serve_app.web.bodies import BodyRoute
 from serve_app.web.errors import refused
 from serve_app.web.replica import Replica, RunningReplica
 
@@ -34,7 +35,7 @@ KEYS_MARK = "data-keys"  # of <html>: whether the page has to ask for an API key
 ANSWERS: TypeAdapter[Shown] = TypeAdapter(Shown)
 
 # The routes are the page's own and no part of the API's document.
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=BodyRoute)
 
 
 class PageSettings(BaseModel):
