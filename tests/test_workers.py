@@ -1,7 +1,9 @@
-"""What a build's tasks ask of Ray: memory, and nodes with a label."""
+"""A build's tasks: the items of each, and what they ask of Ray, memory and nodes with a label."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -15,6 +17,36 @@ NODES = [
     {"Alive": True, "Resources": {"CPU": 8.0, "memory": 8.0 * GB}},
     {"Alive": False, "Resources": {"CPU": 8.0, "memory": 64.0 * GB}},
 ]
+
+
+@dataclass(frozen=True)
+class Item:
+    rows: int
+
+
+@pytest.mark.parametrize("num_cpus", [1, 2, 64])
+@pytest.mark.parametrize("sizes", [[], [0, 0], [7], [3, 900, 1, 40, 41] * 30])
+def test_every_item_is_in_one_task_the_largest_first(sizes: list[int], num_cpus: int) -> None:
+    shares = workers.share_out(sizes, num_cpus)
+    in_order = list(chain.from_iterable(shares))
+    assert sorted(in_order) == list(range(len(sizes)))
+    assert [sizes[number] for number in in_order] == sorted(sizes, reverse=True)
+    assert all(0 < len(share) <= workers.MOST_ITEMS for share in shares)
+
+
+def test_tasks_become_smaller_towards_the_end() -> None:
+    shares = workers.share_out([10] * 34, num_cpus=2)
+    lengths = [len(share) for share in shares]
+    assert lengths == [8, 6, 5, 3, 3, 2, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_few_items_keep_every_cpu_busy() -> None:
+    assert workers.share_out([5, 9, 5], num_cpus=4) == [[1], [0], [2]]
+
+
+def test_the_cpus_of_a_cluster_are_those_of_nodes_alive() -> None:
+    assert workers.count_cpus(NODES) == 12
+    assert workers.count_cpus([]) == 1
 
 
 def test_a_task_asks_for_what_it_needs_and_never_for_more_than_a_node_has() -> None:
@@ -37,7 +69,7 @@ def test_labels_count_on_a_joined_cluster_alone(
     monkeypatch.setattr(workers.ray, "nodes", lambda: NODES)
     monkeypatch.setattr(workers, "_run_tasks", lambda *args: asked.append(args[-1]) or [])
     with workers.workers(RayConfig(data_labels={"pool": "cpu_data"}), "runs") as run:
-        run("reading", len, ["a part"], 1e6)
+        run("reading", len, [Item(5)], 1e6)
 
     labels = {} if private else {"label_selector": {"pool": "cpu_data"}}
     assert asked == [{"memory": workers.PROCESS_MEMORY + 1_000_000, **labels}]

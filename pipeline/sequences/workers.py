@@ -20,6 +20,8 @@ from pipeline.config import RayConfig, UserError
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10
+MOST_ITEMS = 8  # of a task: as many are done again when its worker dies
+SMALLEST_TASKS = 12  # of the smallest, as many would be a CPU's work
 PROCESS_MEMORY = 350_000_000  # bytes of a worker that has imported what a task needs; 300 MiB seen
 
 
@@ -31,8 +33,8 @@ class Item(Protocol):
 
 
 class Workers(Protocol):
-    """Calls `function(item)` for each item in a task of its own and returns the results, in no
-    order. A task takes about so many bytes of its machine's memory.
+    """Calls `function(item)` for each item, a few in a task, and returns the results, in no order.
+    An item takes about so many bytes of its machine's memory.
     """
 
     def __call__(
@@ -64,11 +66,13 @@ def workers(cfg: RayConfig, runs_dir: str | Path) -> Iterator[Workers]:
             if not items:
                 return []
             stack.enter_context(ray_cluster(cfg, runs_dir=runs_dir))
-            asked = schedulable_memory(PROCESS_MEMORY + memory_bytes, ray.nodes())
+            nodes = ray.nodes()
+            asked = schedulable_memory(PROCESS_MEMORY + memory_bytes, nodes)
             needs: dict[str, Any] = {"memory": asked}
             if cfg.data_labels and not is_private(cfg):  # its one node has none
                 needs["label_selector"] = cfg.data_labels
-            return _run_tasks(what, function, items, needs)
+            shares = share_out([item.rows for item in items], count_cpus(nodes))
+            return _run_tasks(what, function, items, shares, needs)
 
         yield run
 
@@ -88,10 +92,46 @@ def schedulable_memory(needed: float, nodes: Sequence[Mapping[str, Any]]) -> int
     return int(min(needed, largest))
 
 
+def count_cpus(nodes: Sequence[Mapping[str, Any]]) -> int:
+    """The CPUs of these nodes (`ray.nodes()`), 1 at least."""
+    total = sum(node["Resources"].get("CPU", 0.0) for node in nodes if node["Alive"])
+    return max(1, int(total))
+
+
+def share_out(sizes: Sequence[int], num_cpus: int) -> list[list[int]]:
+    """The items of each task, given by their numbers, of all items' sizes.
+
+    From one task to the next a CPU waits for the scheduler, .1 to .2 s. So a task has several items
+    where there are many, `MOST_ITEMS` at most. The largest come first, and towards the end tasks
+    are small, so that all CPUs end at about the same time.
+
+        sizes       9 9 9 9 9 9 9 9 5 2         two CPUs
+        tasks       9 9, 9, 9, 9, 9, 9, 9, 5, 2
+    """
+    descending = sorted(range(len(sizes)), key=lambda number: -sizes[number])
+    left = sum(sizes)
+    least = left / (SMALLEST_TASKS * num_cpus)
+    shares: list[list[int]] = []
+    share: list[int] = []
+    share_size = 0
+    for number in descending:
+        enough = max(left / (2 * num_cpus), least)
+        if share and (share_size + sizes[number] > enough or len(share) == MOST_ITEMS):
+            shares.append(share)
+            left -= share_size
+            share, share_size = [], 0
+        share.append(number)
+        share_size += sizes[number]
+    if share:
+        shares.append(share)
+    return shares
+
+
 def _run_tasks(
     what: str,
     function: Callable[[Any], Any],
     items: Sequence[Item],
+    shares: Sequence[Sequence[int]],
     needs: Mapping[str, Any],
 ) -> list[Any]:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -99,11 +139,16 @@ def _run_tasks(
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
-    # one block, and so one task, per item
-    rows = [{"number": number, "item": pickle.dumps(item)} for number, item in enumerate(items)]
+    # one block, and so one task, per share
+    rows = []
+    for share in shares:
+        numbered = [(number, items[number]) for number in share]
+        rows.append({"share": pickle.dumps(numbered)})
     tasks = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         partial(_call, function=function), batch_size=None, batch_format="pyarrow", **needs
     )
+    # a result is seen when it is there, and not with the others of its task
+    tasks.context.target_max_block_size = 1
 
     results, progress = [], Progress(what, items)
     for row in tasks.iter_rows():
@@ -115,20 +160,20 @@ def _run_tasks(
     return results
 
 
-def _call(batch: pa.Table, function: Callable[[Any], Any]) -> pa.Table:
+def _call(batch: pa.Table, function: Callable[[Any], Any]) -> Iterator[pa.Table]:
+    """One row for each item of the task: its number, and what the function returned."""
     # the C library keeps what a task frees for the next; Arrow's own allocator gives pages back
     # at once, and a tenth of a build's time went into getting new ones
     pa.set_memory_pool(pa.system_memory_pool())
 
-    results = []
-    for item in batch["item"].to_pylist():
-        try:
-            results.append(function(pickle.loads(item)))
-        except UserError as error:
-            # Ray would wrap it in its own, with a stack that says nothing to the user
-            results.append(error)
-
-    return pa.table({"number": batch["number"], "result": list(map(pickle.dumps, results))})
+    for share in batch["share"].to_pylist():
+        for number, item in pickle.loads(share):
+            try:
+                result = function(item)
+            except UserError as error:
+                # Ray would wrap it in its own, with a stack that says nothing to the user
+                result = error
+            yield pa.table({"number": [number], "result": [pickle.dumps(result)]})
 
 
 class Progress:
