@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,7 @@ import pytest
 import yaml
 
 from pipeline import config
-from pipeline.config import RunConfig, UserError
+from pipeline.config import RunConfig, SplitConfig, UserError
 from pipeline.schema import DAY_MS
 from pipeline.sequences import build, parts, sizes, store
 from pipeline.sequences.buckets import find_record
@@ -163,6 +165,60 @@ def test_buckets_without_a_new_row_keep_their_file(here: None, tmp_path: Path):
         for path in cfg.sequence_dir.glob("*/bucket-*.parquet")
     }
     assert found == named
+
+
+def periods_counted(cfg: RunConfig) -> dict[str, dict[str, int]]:
+    """Rows and labels of each period, row by row."""
+    edges = [0, cfg.split.val_ms, cfg.split.test_ms, cfg.split.end_ms]
+    names = ("train", "val", "test")
+    empty = {"rows": 0, "click known": 0, "click": 0, "like known": 0, "like": 0}
+    found = {name: dict(empty) for name in names}
+    for user in store.read_sequences(cfg.sequence_dir).to_pylist():
+        for place, time in enumerate(user["event_time"]):
+            period = np.searchsorted(edges, time, side="right") - 1
+            if period >= len(names) or user["order_only"][place]:
+                continue
+            counts = found[names[period]]
+            counts["rows"] += 1
+            for bit, action in enumerate(cfg.source.actions):
+                known = user["known_mask"][place] >> bit & 1
+                counts[f"{action} known"] += known
+                counts[action] += known & user["action_mask"][place] >> bit & 1
+    return found
+
+
+def reported_split(cfg: RunConfig) -> dict[str, Any]:
+    return json.loads((cfg.run_dir / "report" / "validation.json").read_text())["split"]
+
+
+def test_periods_and_items_of_a_report(here: None, tmp_path: Path):
+    def split(**days: float) -> SplitConfig:
+        moments = {}
+        for name, number in days.items():
+            moment = datetime.fromtimestamp(NOON / 1000 + number * 86_400, UTC)
+            moments[name] = moment.isoformat()
+        return SplitConfig(**moments)
+
+    rows = pa.concat_tables([day(number) for number in range(4)])
+    flags = np.random.default_rng(0).integers(3, size=rows.num_rows)
+    order_only = pa.array(flags == 0)
+    rows = rows.set_column(4, "like", pa.array(flags, pa.int8(), mask=flags == 2))
+    cfg = folder(tmp_path, "a", rows.append_column("order_only", order_only))
+    source = dataclasses.replace(cfg.source, columns={"order_only": "order_only"})
+    cfg = dataclasses.replace(cfg, source=source, split=split(t_val=1.05, t_test=2.05, t_end=3.05))
+    build_sequences(cfg)
+
+    items = {item for user in store.read_sequences(cfg.sequence_dir)["item_id"] for item in user}
+    first = reported_split(cfg)
+    assert first["items"] == len(items)
+    assert first["periods"] == periods_counted(cfg)
+    assert all(counts["rows"] for counts in first["periods"].values())
+
+    # most buckets stay, whose periods were counted under the first split
+    cfg = dataclasses.replace(cfg, split=split(t_val=0.05, t_test=1.01))
+    add(cfg, "1", rows.slice(7, 2))
+    build_sequences(cfg, append=True)
+    assert reported_split(cfg)["periods"] == periods_counted(cfg) != first["periods"]
 
 
 def test_a_day_of_nothing_but_bad_rows_is_refused_and_only_its_rows_are_kept(

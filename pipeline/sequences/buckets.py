@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.logs.cleaning import SOURCE_FILE, LogRules
 from pipeline.sequences import store
 from pipeline.sequences.parts import Part, batches_of, read_rows
+from pipeline.sequences.quality.periods import BucketPeriods, count_bucket_periods
 from pipeline.sequences.quality.statistics import Statistics, count_bucket, merge_statistics
 from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.retired import add_retired, read_retired
@@ -33,6 +34,7 @@ class BucketRules:
     max_rows_per_user: int
     utc_offset_ms: int  # where the days of the statistics begin
     repeats: RepeatRule
+    period_edges: list[int]  # where the periods end that are counted
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Record:
     bucket: Bucket | None  # None: no user has a row
     quarantine: Bucket | None
     statistics: Statistics
+    periods: BucketPeriods | None = None  # of the split that was set when it was built
 
 
 def plan_buckets(
@@ -120,7 +123,8 @@ def write_bucket(work: BucketWork, rules: BucketRules, folder: Path) -> Record:
         quarantine = store.write_table(left_out, folder, f"quarantine/{stem}")
 
     statistics = count_bucket(built, rules.logs, rules.utc_offset_ms)
-    record = Record(work.number, bucket, quarantine, statistics)
+    periods = count_bucket_periods(kept, rules.period_edges, len(rules.logs.actions))
+    record = Record(work.number, bucket, quarantine, statistics, periods)
     store.write_json(folder / work.record, asdict(record))
     return record
 
@@ -146,6 +150,7 @@ def find_record(folder: Path, file: str) -> Record | None:
             bucket=_whole_file(folder, raw["bucket"]),
             quarantine=_whole_file(folder, raw["quarantine"]),
             statistics=Statistics(**raw["statistics"]),
+            periods=BucketPeriods(**raw["periods"]) if raw.get("periods") else None,
         )
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         # TypeError: fields of another version

@@ -65,7 +65,12 @@ from pipeline.sequences.quality import report
 from pipeline.sequences.quality.checks import Check, refuse_failed, run_checks
 from pipeline.sequences.quality.drift import refuse_drift
 from pipeline.sequences.quality.own_ids import name_ids
-from pipeline.sequences.quality.periods import count_periods
+from pipeline.sequences.quality.periods import (
+    add_periods,
+    count_periods,
+    distinct_items,
+    period_edges,
+)
 from pipeline.sequences.quality.statistics import Statistics, log_hints, positives_only
 from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.side_tables import (
@@ -265,6 +270,7 @@ def _list_inputs(
 def bucket_rules(
     sequences: SequenceConfig,
     features: FeatureConfig,
+    split: SplitConfig,
     rules: LogRules,
     all_parts: Sequence[Part],
     run_dir: Path,
@@ -274,7 +280,8 @@ def bucket_rules(
     repeats = RepeatRule(merge=sequences.repeats == "merge")
     if repeats.merge and sequences.repeated_outcomes == "last_file":
         repeats = replace(repeats, file_order=_file_order(all_parts, live_log_dir(run_dir)))
-    return BucketRules(rules, sequences.max_rows_per_user, offset_ms, repeats)
+    edges = period_edges(split)
+    return BucketRules(rules, sequences.max_rows_per_user, offset_ms, repeats, edges)
 
 
 def _file_order(all_parts: Sequence[Part], live_dir: Path) -> dict[int, int]:
@@ -356,9 +363,9 @@ def build_version(
     before = published.dictionaries if published else {}
     dictionaries = write_dictionaries(folder, pairs, before, rules.num_buckets, run)
 
-    rules_of_buckets = bucket_rules(cfg.sequences, cfg.features, rules, all_parts, cfg.run_dir)
-    work = plan_buckets(all_parts, retired, rules_of_buckets)
-    records = build_buckets(folder, work, rules_of_buckets, run)
+    building = bucket_rules(cfg.sequences, cfg.features, cfg.split, rules, all_parts, cfg.run_dir)
+    work = plan_buckets(all_parts, retired, building)
+    records = build_buckets(folder, work, building, run)
 
     _check_joins(cfg.checks.min_joined_share, rules, folder, side_tables, dictionaries, records)
     periods = report_periods(cfg.split, cfg.source.actions, folder, records, side_tables)
@@ -409,14 +416,25 @@ def report_periods(
     side_tables: Mapping[str, Bucket],
 ) -> report.PeriodReport:
     """Rows and labels of each period of the split, and how many items the item table knows."""
-    buckets = [record.bucket for record in records if record.bucket is not None]
-    counts = count_periods(folder, buckets, split, len(actions), with_items=True)
+    edges = period_edges(split)
+    counted, uncounted, buckets = [], [], []
+    for record in records:
+        if record.bucket is None:
+            continue
+        buckets.append(record.bucket)
+        if record.periods is not None and record.periods.edges == edges:
+            counted.append(record.periods)
+        else:  # it was built under another split
+            uncounted.append(record.bucket)
+    counted += count_periods(folder, uncounted, edges, len(actions))
+    periods = add_periods(counted, len(actions)).by_name(actions, actions)
 
+    items = distinct_items(folder, buckets)
     known = None
     if "items" in side_tables:
         table = pq.read_table(folder / side_tables["items"].file, columns=["item_id"])
-        known = int(np.isin(counts.items, table["item_id"].to_numpy()).sum())
-    return report.PeriodReport(counts.by_name(actions, actions), len(counts.items), known)
+        known = int(np.isin(items, table["item_id"].to_numpy()).sum())
+    return report.PeriodReport(periods, len(items), known)
 
 
 def _write_side_tables(

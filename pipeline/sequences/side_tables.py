@@ -23,6 +23,7 @@ from pipeline.logs.ids import (
 from pipeline.logs.parquet import find_logs
 from pipeline.logs.rows import read_schema, read_table
 from pipeline.sequences.forgotten import Forgotten
+from pipeline.sequences.quality.periods import distinct_ids
 from pipeline.sequences.store import Bucket, write_table
 
 FEWEST_TO_JUDGE = 20  # ids, of which a table that is the right one has some
@@ -157,7 +158,7 @@ def side_joins(
         ids = pq.read_table(folder / bucket.file, columns=[id_column])[id_column].combine_chunks()
         if name == "items":
             ids = ids.flatten()
-        wanted = np.union1d(wanted, ids.to_numpy())
+        wanted = distinct_ids(np.concatenate([wanted, ids.to_numpy()]))
         found = int(np.isin(wanted, known).sum())
         if found:
             break

@@ -7,7 +7,13 @@ import numpy as np
 
 from pipeline.config import RunConfig, UserError
 from pipeline.sequences import store
-from pipeline.sequences.quality.periods import PERIODS, PeriodCounts, count_periods
+from pipeline.sequences.quality.periods import (
+    PERIODS,
+    PeriodCounts,
+    add_periods,
+    count_periods,
+    period_edges,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +30,9 @@ def check_periods(cfg: RunConfig) -> dict[str, dict[str, int]]:
     """
     manifest = store.read_manifest(cfg.sequence_dir)
     num_actions = len(manifest.actions)
-    counts = count_periods(cfg.sequence_dir, manifest.buckets, cfg.split, num_actions)
+    edges = period_edges(cfg.split)
+    counted = count_periods(cfg.sequence_dir, manifest.buckets, edges, num_actions)
+    counts = add_periods(counted, num_actions)
 
     last = "test" if cfg.split.refit else "val"
     if cfg.tasks and sum(counts.rows[: PERIODS.index(last)]) == 0:

@@ -1,11 +1,12 @@
 """How many rows, labels and items the training, validation and test periods of a store hold."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import SplitConfig
@@ -20,14 +21,11 @@ READERS = 2  # files that are decoded at a time, for speed at little memory
 
 @dataclass(frozen=True)
 class PeriodCounts:
-    """Rows with a real time of each period, int64 [3], their labels, int64 [3, actions], and the
-    items of all rows, int64, each once.
-    """
+    """Rows with a real time of each period, int64 [3], and their labels, int64 [3, actions]."""
 
     rows: np.ndarray
     known: np.ndarray
     positive: np.ndarray
-    items: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def by_name(self, actions: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, int]]:
         """As a report has them: {"val": {"rows": 9, "is_click known": 7, "is_click": 2}}."""
@@ -42,38 +40,89 @@ class PeriodCounts:
         return found
 
 
-def count_periods(
-    folder: Path,
-    buckets: Sequence[Bucket],
-    split: SplitConfig,
-    num_actions: int,
-    *,
-    with_items: bool = False,
-) -> PeriodCounts:
-    """The counts over files of sequences; items where they are asked for."""
-    edges = np.array([split.val_ms, split.test_ms, split.end_ms])
+@dataclass(frozen=True)
+class BucketPeriods:
+    """The counts of one bucket as its record keeps them, in what JSON knows."""
 
-    def count(bucket: Bucket) -> PeriodCounts:
-        return _count_file(folder / bucket.file, edges, num_actions, with_items=with_items)
+    edges: list[int]  # where the periods end, ms
+    # of each period: its rows, the rows where each action is known, and those where it happened
+    counts: list[list[int]]
+
+
+def period_edges(split: SplitConfig) -> list[int]:
+    """Where training, validation and test end, in ms."""
+    return [split.val_ms, split.test_ms, split.end_ms]
+
+
+def count_bucket_periods(
+    sequences: pa.Table, edges: Sequence[int], num_actions: int
+) -> BucketPeriods:
+    """The counts over rows of sequences.
+
+    event_time      1  4  5  9  12      edges 5, 9, 12
+    rows before     2, 3, 4
+    of the periods  2, 1, 1             a row at 12 is in none
+    """
+    timed = ~flat_column(sequences, "order_only")
+    time = flat_column(sequences, "event_time")
+    known = flat_column(sequences, "known_mask")
+    positive = flat_column(sequences, "action_mask") & known
+
+    before = np.zeros((len(edges), 1 + 2 * num_actions), np.int64)
+    for place, edge in enumerate(edges):
+        chosen = timed & (time < edge)
+        before[place, 0] = np.count_nonzero(chosen)
+        for bit in range(num_actions):
+            for column, mask in ((bit, known), (num_actions + bit, positive)):
+                happened = (mask & mask.dtype.type(1 << bit)) != 0
+                before[place, 1 + column] = np.count_nonzero(happened & chosen)
+
+    counts = np.diff(before, axis=0, prepend=0)
+    return BucketPeriods(list(edges), counts.tolist())
+
+
+def count_periods(
+    folder: Path, buckets: Sequence[Bucket], edges: Sequence[int], num_actions: int
+) -> list[BucketPeriods]:
+    """The counts of each of these files of sequences."""
+
+    def count(bucket: Bucket) -> BucketPeriods:
+        table = pq.read_table(folder / bucket.file, columns=COLUMNS, use_threads=False)
+        return count_bucket_periods(table, edges, num_actions)
 
     with ThreadPoolExecutor(READERS) as pool:
-        return _added(pool.map(count, buckets), num_actions)
+        return list(pool.map(count, buckets))
 
 
-def _added(parts: Iterator[PeriodCounts], num_actions: int) -> PeriodCounts:
-    rows = np.zeros(len(PERIODS), np.int64)
-    known = np.zeros((len(PERIODS), num_actions), np.int64)
-    positive, items = known.copy(), np.zeros(0, np.int64)
+def add_periods(parts: Sequence[BucketPeriods], num_actions: int) -> PeriodCounts:
+    """The counts of all these buckets together."""
+    total = np.zeros((len(PERIODS), 1 + 2 * num_actions), np.int64)
     for part in parts:
-        rows += part.rows
-        known += part.known
-        positive += part.positive
-        items = _distinct(np.concatenate([items, part.items]))
-    return PeriodCounts(rows, known, positive, items)
+        total += np.array(part.counts)
+    known_from, positive_from = 1, 1 + num_actions
+    return PeriodCounts(
+        rows=total[:, 0],
+        known=total[:, known_from:positive_from],
+        positive=total[:, positive_from:],
+    )
 
 
-def _distinct(values: np.ndarray) -> np.ndarray:
-    """Each value once, of those that are 0 or more.
+def distinct_items(folder: Path, buckets: Sequence[Bucket]) -> np.ndarray:
+    """The items of files of sequences, int64, each once, ascending."""
+
+    def items_of(bucket: Bucket) -> np.ndarray:
+        table = pq.read_table(folder / bucket.file, columns=["item_id"], use_threads=False)
+        return distinct_ids(flat_column(table, "item_id"))
+
+    found = np.zeros(0, np.int64)
+    with ThreadPoolExecutor(READERS) as pool:
+        for items in pool.map(items_of, buckets):
+            found = distinct_ids(np.concatenate([found, items]))
+    return found
+
+
+def distinct_ids(values: np.ndarray) -> np.ndarray:
+    """Each value once, ascending, of those that are 0 or more.
 
     Small ids are marks in a bitmap. Others are sorted by NumPy's vectorised sort, which takes a
     fraction of the time of a hash table.
@@ -86,29 +135,3 @@ def _distinct(values: np.ndarray) -> np.ndarray:
     first = np.ones(len(ascending), bool)
     first[1:] = ascending[1:] != ascending[:-1]
     return ascending[first]
-
-
-def _count_file(
-    file: Path, edges: np.ndarray, num_actions: int, *, with_items: bool
-) -> PeriodCounts:
-    wanted = [*COLUMNS, "item_id"] if with_items else COLUMNS
-    table = pq.read_table(file, columns=wanted, use_threads=False)
-    items = np.zeros(0, np.int64)
-    if with_items:
-        items = _distinct(flat_column(table, "item_id"))
-
-    # 0 training, 1 validation, 2 test, 3 from split.t_end on
-    timed = ~flat_column(table, "order_only")
-    period = np.searchsorted(edges, flat_column(table, "event_time")[timed], side="right")
-    known = flat_column(table, "known_mask")[timed]
-    positive = flat_column(table, "action_mask")[timed] & known
-
-    counts = [np.bincount(period, minlength=len(edges) + 1)]
-    for mask in (known, positive):
-        for bit in range(num_actions):
-            chosen = period[(mask >> bit & 1) == 1]
-            counts.append(np.bincount(chosen, minlength=len(edges) + 1))
-
-    table_of_counts = np.stack(counts, axis=1)[: len(PERIODS)].astype(np.int64)
-    rows, labels = table_of_counts[:, 0], table_of_counts[:, 1:]
-    return PeriodCounts(rows, labels[:, :num_actions], labels[:, num_actions:], items)

@@ -107,7 +107,7 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
             return published
 
         logs = held_rules(published)
-        rules = build.bucket_rules(cfg.sequences, cfg.features, logs, parts, cfg.run_dir)
+        rules = build.bucket_rules(cfg.sequences, cfg.features, cfg.split, logs, parts, cfg.run_dir)
         with workers(cfg.ray, cfg.runs_dir) as run:
             task = partial(gather_part, rules=rules, since_ms=since_ms, folder=folder)
             gathered = run("gathering the parts", task, work)
@@ -318,7 +318,7 @@ def _without(
     folder = cfg.sequence_dir
     parts = held_parts(folder, published)
     logs = held_rules(published)
-    rules = build.bucket_rules(cfg.sequences, cfg.features, logs, parts, cfg.run_dir)
+    rules = build.bucket_rules(cfg.sequences, cfg.features, cfg.split, logs, parts, cfg.run_dir)
 
     with workers(cfg.ray, cfg.runs_dir) as run:
         task = partial(sweep_part, users=users, rules=rules.logs, folder=folder)
