@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from benchmarks.quality import study_points
+from benchmarks.quality.study_report import join_earlier
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate.metrics import normalised_entropy
@@ -325,6 +326,29 @@ def test_a_report_says_what_the_points_were(
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page), "an undefined number is a dash"
     assert json.loads((tmp_path / "figures.json").read_text())["task"] == "is_click"
     assert "predicted ultra/6 by power: NE " in console_table(figures)
+
+
+def test_what_new_figures_lack_is_that_of_the_run_before(
+    studied: tuple[RunConfig, StudyPlan, list[Point]],
+) -> None:
+    base, plan, _ = studied
+    earlier = study_figures(base, plan, {})
+    again = [point | {"auc": 0.99} for point in earlier["points"] if point["size"] == "d4"]
+    new = earlier | {"points": again, "laws": [], "predictions": {}}
+
+    joined = join_earlier(new, earlier)
+    assert joined["earlier_points"] == len(earlier["points"]) - len(again) > 0
+    for name in ("encoder", "size", "length"):
+        order = [point[name] for point in joined["points"]]
+        assert order == [point[name] for point in earlier["points"]]
+    assert {p["auc"] for p in joined["points"] if p["size"] == "d4"} == {0.99}
+    assert joined["laws"] == earlier["laws"] and joined["predictions"] == earlier["predictions"]
+
+    # of all points, as the study itself finds them
+    assert join_earlier(earlier, earlier)["fronts"] == earlier["fronts"]
+    assert joined["fronts"]["infer_gflop"][-1][1] == "d4"
+    with pytest.raises(SystemExit, match="--earlier has rows 7"):
+        join_earlier(new, earlier | {"rows": 7})
 
 
 def test_a_crossed_study_says_what_the_next_step_would_give() -> None:

@@ -3,6 +3,10 @@
     python -m benchmarks.quality.study_report runs/drifting-study/figures.json --name drifting \\
         --machine "NVIDIA H200, 14 processes"       # → benchmarks/runs/study_drifting.json
     python docs/images/study.py                     # its pictures
+
+With `--earlier benchmarks/runs/study_drifting.json` points, laws and predictions that the new figures
+lack are those of a run before.
+
     python -m benchmarks.results "scaling studies"
 """
 
@@ -12,16 +16,62 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.quality.report import spread
 from benchmarks.report import RUNS, read_run, table, write_run
 from pipeline.evaluate.page_parts import number_text
 from pipeline.study.figures import share_reached
+from pipeline.study.laws import pareto_front
 from pipeline.study.measured import COSTS
 from pipeline.study.page import PAPER, interval_text, seeds_text
 
 Figures = dict[str, Any]
 FULL_SIZE = ("drifting", "ml_1m", "chains")
 WORDS = "`python -m jobs.scaling_study` and `python -m benchmarks.quality.study_points`"
+
+
+def join_earlier(new: Figures, earlier: Figures) -> Figures:
+    """The figures of a study with what they lack of an earlier run: points, laws and predictions.
+    `earlier_points` is the number of such points; the fronts are those of all together.
+
+    Raises:
+        SystemExit: they are of other rows.
+    """
+    for name in ("name", "split", "task", "rows", "users", "lengths"):
+        if new[name] != earlier[name]:
+            raise SystemExit(f"error: --earlier has {name} {earlier[name]}, not {new[name]}")
+
+    known = {_point_key(point): point for point in new["points"]}
+    before = {_point_key(point): point for point in earlier["points"]}
+    kept = [key for key in before if key not in known]
+    in_order = [*before, *(key for key in known if key not in before)]
+    points = [(before | known)[key] for key in in_order]
+    return new | {
+        "points": points,
+        "earlier_points": len(kept),
+        "fronts": _fronts([point for point in points if point["data_share"] == 1.0]),
+        "laws": new["laws"] or earlier["laws"],
+        "predictions": new["predictions"] or earlier["predictions"],
+    }
+
+
+def _point_key(point: Figures) -> tuple[str, str, int, float]:
+    return point["encoder"], point["size"], point["length"], point["data_share"]
+
+
+def _fronts(points: Sequence[Figures]) -> dict[str, list[list[Any]]]:
+    """As `pipeline.study.figures` has them: by cost the points that no other beats, the worst
+    first.
+    """
+    aucs = np.array([point["auc"] for point in points])
+    fronts = {}
+    for cost in COSTS:
+        costs = np.array([point[cost] for point in points])
+        chosen = np.flatnonzero(pareto_front(costs, aucs))
+        by_auc = chosen[np.argsort(aucs[chosen], kind="stable")]
+        fronts[cost] = [list(_point_key(points[number])[:3]) for number in by_auc]
+    return fronts
 
 
 def section(studies: Sequence[Figures]) -> str:
@@ -45,6 +95,11 @@ def _study_part(study: Figures) -> str:
     rows = f"{figures['rows']:,} rows of {figures['users']:,} users, {figures['split']}"
     machine = study["environment"]["device"]
     text = [title, f"`{study['command']}`, {machine}. {rows}, task {figures['task']}."]
+    if figures.get("earlier_points"):
+        text.append(
+            f"{figures['earlier_points']} of the points are those of an earlier run, and so are "
+            "laws and predictions."
+        )
     if figures["reachable"] is not None:
         text.append(_reachable_words(figures["reachable"]))
     text += [_point_table(figures), _slope_table(figures)]
@@ -130,11 +185,17 @@ def main() -> None:
     parser.add_argument(
         "--command", default="python -m benchmarks.quality.study_points", help="that ran the points"
     )
+    parser.add_argument(
+        "--earlier", type=Path, help="a run whose figures stand where there are none"
+    )
     options = parser.parse_args()
+    figures = json.loads(options.figures.read_text())
+    if options.earlier:
+        figures = join_earlier(figures, read_run(options.earlier)["figures"])
     run = {
         "command": options.command,
         "environment": {"device": options.machine},
-        "figures": json.loads(options.figures.read_text()),
+        "figures": figures,
     }
     path = RUNS / f"study_{options.name}.json"
     write_run(path, run)
