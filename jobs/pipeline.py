@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline import tracking
     from pipeline.sequences.store import Manifest
     from serve_app.feedback.turn import Decide
-    from serve_app.replay import DemoRequest
+    from serve_app.replay import DemoRequest, PastPeriod
 
 # what takes seconds to import is imported where it is used, after the settings were read
 
@@ -316,10 +316,14 @@ def serve_and_replay(
     url = deployment.deploy_model(cfg.folders, cfg.serve, dashboard_url, champion)
 
     print_stage(7, "requests over HTTP")
-    demo = replay.demo_request(cfg)
+    period = replay.PastPeriod.of_run(cfg)
+    demo = replay.demo_request(period, cfg.model_dir, cfg.serve.demo_candidates)
     print(replay.demo_table(demo, cfg.tasks, cfg.serve, url))
-    parity = replay.replay(cfg, url, served)
-    recommended = recommend(cfg, demo, url, served) if cfg.index.enabled else {}
+
+    parity = replay.replay(period, cfg.serve, url, served)
+    recommended = {}
+    if cfg.index.enabled:
+        recommended = recommend(period, demo, cfg.serve, url, served)
 
     return {
         "parity_requests": parity.num_requests,
@@ -330,13 +334,15 @@ def serve_and_replay(
     }
 
 
-def recommend(cfg: RunConfig, demo: "DemoRequest", url: str, served: Path) -> dict[str, Any]:
+def recommend(
+    period: "PastPeriod", demo: "DemoRequest", serve: ServeConfig, url: str, served: Path
+) -> dict[str, Any]:
     """Show a list recommended to the demo's user, and hold lists over HTTP against offline ones."""
 
     from serve_app.recommend import replay as replay_lists
 
-    print(replay_lists.demo_list(demo, cfg.serve, url))
-    lists = replay_lists.replay_lists(cfg, url, served)
+    print(replay_lists.demo_list(demo, serve, url))
+    lists = replay_lists.replay_lists(period, serve, url, served)
     return {
         "list_requests": lists.num_requests,
         "lists_equal": lists.num_equal,

@@ -91,7 +91,8 @@ def print_start(cfg: RunConfig, champion: "PinnedModel", url: str, mlflow_url: s
     print(f"logs: {cfg.run_dir / 'serving' / 'logs'}")
     print(open_ports())
 
-    body = replay.demo_request(cfg).body
+    period = replay.PastPeriod.of_run(cfg)
+    body = replay.demo_request(period, cfg.model_dir, cfg.serve.demo_candidates).body
     body["candidates"] = body["candidates"][:5]
     key = ' -H "Authorization: Bearer $API_KEY"' if cfg.serve.api_keys_file else ""
     sent = shlex.quote(json.dumps(body))

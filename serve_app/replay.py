@@ -36,6 +36,50 @@ TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
+class PastPeriod:
+    """The test period of published sequences, whose requests are sent once more."""
+
+    stored: StoredUsers
+    begin_ms: int
+    end_ms: int  # behind the last
+    max_history: int | None  # rows that the evaluation reads, as `examples.max_history`
+    seed: int  # of what is drawn
+
+    @classmethod
+    def of_run(cls, cfg: RunConfig) -> "PastPeriod":
+        """That of a run, by its own split."""
+        stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+        begin_ms, end_ms = split_bounds(cfg.split, "test")
+        return cls(stored, begin_ms, end_ms, cfg.examples.max_history, cfg.seed)
+
+    def sample_requests(self, num: int) -> tuple[UserEvents, Examples]:
+        """`num` requests, or all there are, from as many buckets in random order as it takes.
+
+        Raises:
+            UserError: there is none.
+        """
+        folder, source, features = self.stored.folder, self.stored.source, self.stored.features
+        manifest = self.stored.read_manifest()
+        rng = np.random.default_rng(self.seed)
+
+        tables: list[pa.Table] = []
+        found = 0
+        for index in rng.permutation(len(manifest.buckets)):
+            table = store.read_bucket(folder, manifest, int(index))
+            tables.append(table)
+            of_bucket = user_events(table, source, features)
+            found += len(request_examples(of_bucket, self.begin_ms, self.end_ms))
+            if found >= num:
+                break
+
+        users = user_events(pa.concat_tables(tables), source, features)
+        examples = request_examples(users, self.begin_ms, self.end_ms, self.max_history)
+        if len(examples) == 0:
+            raise UserError("split.t_test: the test period holds no request to replay")
+        return users, examples[np.sort(rng.permutation(len(examples))[:num])]
+
+
+@dataclass(frozen=True, slots=True)
 class PastRequest:
     """A request as it would be sent, and what the evaluation path scores for its candidates."""
 
@@ -51,9 +95,9 @@ class Report:
     p99_ms: float
 
 
-def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
-    """`serve.parity_requests` test requests against the server at `url`, which serves the model in
-    `model_dir`.
+def replay(period: PastPeriod, serve: ServeConfig, url: str, model_dir: Path) -> Report:
+    """`serve.parity_requests` requests of the period against the server at `url`, which serves the
+    model in `model_dir`.
 
     Half ask by user_id as of their time; half bring their history along, and user_id for the user's
     features.
@@ -62,40 +106,40 @@ def replay(cfg: RunConfig, url: str, model_dir: Path) -> Report:
         UserError: the test period holds no request.
     """
     loaded, _ = load_indexed(model_dir)
-    as_served(loaded.model, cfg.serve)  # what that costs is the evaluation's to say
-    requests = past_requests(cfg, loaded)
+    as_served(loaded.model, serve)  # what that costs is the evaluation's to say
+    requests = past_requests(period, serve, loaded)
 
     worst, elapsed_ms = 0.0, []
-    with open_client(cfg.serve, url) as client:
+    with open_client(serve, url) as client:
         for past in requests[:WARM_UP]:
             post_body(client, "/v1/rank", past.body)
 
         for past in requests:
             answer, took_ms = post_body(client, "/v1/rank", past.body)
             elapsed_ms.append(took_ms)
-            served = np.array([answer["scores"][task] for task in cfg.tasks]).T
+            served = np.array([answer["scores"][task] for task in loaded.cfg.tasks]).T
             worst = max(worst, float(np.abs(served - past.scores).max()))
 
     p50, p99 = np.percentile(elapsed_ms, [50, 99])
     return Report(len(requests), worst, float(p50), float(p99))
 
 
-def past_requests(cfg: RunConfig, loaded: LoadedModel) -> list[PastRequest]:
-    """A seeded sample of the test requests, each filled up to `serve.parity_candidates` with
+def past_requests(period: PastPeriod, serve: ServeConfig, loaded: LoadedModel) -> list[PastRequest]:
+    """A seeded sample of the period's requests, each filled up to `serve.parity_candidates` with
     popular items.
     """
-    users, examples = sample_requests(cfg, cfg.serve.parity_requests)
+    users, examples = period.sample_requests(serve.parity_requests)
     half = len(examples) // 2
-    num_items = cfg.serve.parity_candidates
+    num_items = serve.parity_candidates
 
     requests = []
     for i in range(len(examples)):
         one = examples[i : i + 1]
         requests.append(_past(loaded, users, one, num_items, with_history=i >= half))
 
-    use_own_ids([past.body for past in requests], cfg.sequence_dir)
+    use_own_ids([past.body for past in requests], period.stored.folder)
     for past in requests:
-        leave_out_long_history(past.body, cfg.serve)
+        leave_out_long_history(past.body, serve)
     return requests
 
 
@@ -122,29 +166,6 @@ def use_own_ids(bodies: Sequence[dict[str, Any]], sequence_dir: Path) -> None:
         texts = own_ids(sequence_dir, manifest, column, codes).to_pylist()
         for one, text in zip(named, texts, strict=True):
             one[column] = text
-
-
-def sample_requests(cfg: RunConfig, num: int) -> tuple[UserEvents, Examples]:
-    """`num` test requests, or all there are, from as many buckets in random order as it takes."""
-    manifest = store.read_manifest(cfg.sequence_dir)
-    rng = np.random.default_rng(cfg.seed)
-    begin, end = split_bounds(cfg.split, "test")
-
-    tables: list[pa.Table] = []
-    found = 0
-    for index in rng.permutation(len(manifest.buckets)):
-        table = store.read_bucket(cfg.sequence_dir, manifest, int(index))
-        tables.append(table)
-        of_bucket = user_events(table, cfg.source, cfg.features)
-        found += len(request_examples(of_bucket, begin, end))
-        if found >= num:
-            break
-
-    users = user_events(pa.concat_tables(tables), cfg.source, cfg.features)
-    examples = request_examples(users, begin, end, cfg.examples.max_history)
-    if len(examples) == 0:
-        raise UserError("split.t_test: the test period holds no request to replay")
-    return users, examples[np.sort(rng.permutation(len(examples))[:num])]
 
 
 def _past(
@@ -312,34 +333,36 @@ class DemoRequest:
     happened: dict[OwnId, str]  # by item; "" where it was nothing
 
 
-def demo_request(cfg: RunConfig) -> DemoRequest:
-    """One user's next exposures and popular items, `serve.demo_candidates` in all.
+def demo_request(period: PastPeriod, model_dir: Path, num_items: int) -> DemoRequest:
+    """One user's next exposures and popular items, `num_items` in all.
 
-    The user is one with many rows both in the test period and before it; the time is that of their
-    first test row.
+    The user is one with many rows both in the period and before it; the time is that of their first
+    row in it. What is popular is said by the model in `model_dir`.
+
+    Raises:
+        UserError: the period holds no request.
     """
-    maps = FeatureMaps.load(cfg.model_dir)
-    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
-    users, row = _busy_user(stored, *split_bounds(cfg.split, "test"))
+    maps, source = FeatureMaps.load(model_dir), period.stored.source
+    users, row = _busy_user(period.stored, period.begin_ms, period.end_ms)
     events = users.events
     user = int(users.row_user[row])
 
     # the items to ask for: half of them were shown next
     later = np.arange(row, events.offsets[user + 1])
     _, first = np.unique(events.item_id[later], return_index=True)
-    shown = later[np.sort(first)][: cfg.serve.demo_candidates // 2]
+    shown = later[np.sort(first)][: num_items // 2]
     items = events.item_id[shown]
-    fill = _popular(maps, cfg.serve.demo_candidates - len(items), items)
+    fill = _popular(maps, num_items - len(items), items)
 
     happened = []
     for i in shown:
         action_mask, known_mask = int(events.action_mask[i]), int(events.known_mask[i])
-        actions = _actions(cfg.source.actions, action_mask, known_mask)
+        actions = _actions(source.actions, action_mask, known_mask)
         happened.append(", ".join(name for name, done in actions if done))
 
     # of a text the code alone is known, which means nothing to people
     features = _features(events, row)
-    for name in cfg.source.events.text_request:
+    for name in source.events.text_request:
         features.pop(name, None)
 
     body = {
@@ -348,7 +371,7 @@ def demo_request(cfg: RunConfig) -> DemoRequest:
         "request_features": features,
         "candidates": [{"item_id": item} for item in [*items.tolist(), *fill.tolist()]],
     }
-    use_own_ids([body], cfg.sequence_dir)
+    use_own_ids([body], period.stored.folder)
 
     shown_items = [one["item_id"] for one in body["candidates"][: len(happened)]]
     return DemoRequest(body, dict(zip(shown_items, happened, strict=True)))

@@ -41,7 +41,7 @@ from serve_app.history.live import LiveHistory
 from serve_app.history.published import PublishedSequences
 from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.ranking.ranker import Ranker
-from serve_app.replay import past_requests
+from serve_app.replay import PastPeriod, past_requests
 from serve_app.schemas import Event, EventsRequest, EventsResponse, RankRequest, Refusal
 from tests.worlds.logs import NOON, config_for, here, log
 
@@ -442,7 +442,7 @@ def test_a_column_declared_in_yaml_alone_goes_the_whole_way(
 
     # batches → model
     loaded = trained(whole_cfg, tmp_path / "model")
-    past = past_requests(whole_cfg, loaded)
+    past = past_requests(PastPeriod.of_run(whole_cfg), whole_cfg.serve, loaded)
     expected = np.concatenate([one.scores[:, 0] for one in past])
     bodies = [one.body for one in past]
     assert sum("history" in body for body in bodies) == 15

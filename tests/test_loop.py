@@ -93,10 +93,10 @@ def test_people_act_as_often_as_their_users_did() -> None:
 
 def test_the_days_of_a_turn_follow_the_logs(tmp_path: Path) -> None:
     cfg = Served(tmp_path).cfg
-    following, start_ms = turn.next_days(cfg)
     last_ms = store.read_manifest(cfg.sequence_dir).last_event_ms
+    split, start_ms = turn.next_days(last_ms)
     assert start_ms - DAY_MS <= last_ms < start_ms
-    assert (following.split.val_ms, following.split.test_ms) == (
+    assert (split.val_ms, split.test_ms) == (
         start_ms + 3 * DAY_MS,
         start_ms + 4 * DAY_MS,
     )

@@ -38,12 +38,10 @@ def test_a_day_is_appended_and_trained_on(
     local_ray: None, mlflow_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deployment, "deploy_model", lambda *told: "served")
-    monkeypatch.setattr(replay, "demo_request", lambda cfg: None)
+    monkeypatch.setattr(replay, "demo_request", lambda *told: None)
     monkeypatch.setattr(replay, "demo_table", lambda demo, tasks, serve, url: "")
-    monkeypatch.setattr(jobs.pipeline, "recommend", lambda cfg, demo, url, served: {})
-    monkeypatch.setattr(
-        replay, "replay", lambda cfg, url, model_dir: replay.Report(0, 0.0, 0.0, 0.0)
-    )
+    monkeypatch.setattr(jobs.pipeline, "recommend", lambda *told: {})
+    monkeypatch.setattr(replay, "replay", lambda *told: replay.Report(0, 0.0, 0.0, 0.0))
     cfg = tiny_config(
         mlflow_runs,
         name="daily",

@@ -33,9 +33,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Ranker]:
     )
 
 
+def past_requests(cfg: RunConfig) -> list[replay.PastRequest]:
+    period, loaded = replay.PastPeriod.of_run(cfg), load_model(cfg.model_dir)
+    return replay.past_requests(period, cfg.serve, loaded)
+
+
+def demo_request(cfg: RunConfig) -> replay.DemoRequest:
+    period = replay.PastPeriod.of_run(cfg)
+    return replay.demo_request(period, cfg.model_dir, cfg.serve.demo_candidates)
+
+
 def test_half_by_user_half_by_history_and_the_same_scores(world: tuple[RunConfig, Ranker]) -> None:
     cfg, ranker = world
-    requests = replay.past_requests(cfg, load_model(cfg.model_dir))
+    requests = past_requests(cfg)
     assert len(requests) == 20
     assert sum("history" in past.body for past in requests) == 10
     worst = 0.0
@@ -69,7 +79,7 @@ def test_a_skewed_server_is_noticed(world: tuple[RunConfig, Ranker]) -> None:
     """
     cfg, ranker = world
     worst = 0.0
-    for past in replay.past_requests(cfg, load_model(cfg.model_dir)):
+    for past in past_requests(cfg):
         late = RankRequest.model_validate(past.body | {"request_time_ms": int(time.time() * 1000)})
         (answer,) = ranker.rank([RankColumns.of(late)])
         served = np.array([answer.scores[task] for task in cfg.tasks]).T
@@ -81,7 +91,7 @@ def test_the_demo_asks_for_what_came_next_and_what_is_popular(
     world: tuple[RunConfig, Ranker],
 ) -> None:
     cfg, ranker = world
-    demo = replay.demo_request(cfg)
+    demo = demo_request(cfg)
     body, did = demo.body, demo.happened
     items = [candidate["item_id"] for candidate in body["candidates"]]
     assert len(items) == len(set(items)) == 12
@@ -91,6 +101,6 @@ def test_the_demo_asks_for_what_came_next_and_what_is_popular(
 
     # of a column of text the store has codes, which are shown to nobody
     as_text = replace(cfg.source, columns={"tab": ColumnReading(column="tab", text=True)})
-    asked = replay.demo_request(replace(cfg, source=as_text)).body["request_features"]
+    asked = demo_request(replace(cfg, source=as_text)).body["request_features"]
     assert "tab" in body["request_features"]
     assert "tab" not in asked

@@ -151,16 +151,17 @@ def test_the_most_candidates_allowed(served: Served) -> None:
 
 
 def test_offline_and_http_agree(served: Served) -> None:
-    report = replay.replay(served.cfg, served.url, served.folders[0])
+    period = replay.PastPeriod.of_run(served.cfg)
+    report = replay.replay(period, served.cfg.serve, served.url, served.folders[0])
     assert report.num_requests > 15
     assert report.max_abs_diff <= 1e-5
-    other = replay.replay(served.cfg, served.url, served.folders[1])
+    other = replay.replay(period, served.cfg.serve, served.url, served.folders[1])
     assert other.max_abs_diff > 1e-2, "another model's scores must not pass"
 
-    lists = replay_lists(served.cfg, served.url, served.folders[0])
+    lists = replay_lists(period, served.cfg.serve, served.url, served.folders[0])
     assert lists.num_requests == report.num_requests
     assert lists.max_abs_diff <= 1e-5
-    other_lists = replay_lists(served.cfg, served.url, served.folders[1])
+    other_lists = replay_lists(period, served.cfg.serve, served.url, served.folders[1])
     assert other_lists.max_abs_diff > 1e-2
     assert other_lists.num_equal < lists.num_equal
 

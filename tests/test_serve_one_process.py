@@ -69,8 +69,10 @@ def test_every_route_answers_from_one_process(served: Served) -> None:
     page = metrics_page(served)
     assert sample(page, "ranking_requests_total", path="/v1/rank", status="200") >= 2
     assert sample(page, "ranking_ranker_requests_total", version=str(first)) >= 2
-    assert replay.replay(served.cfg, served.url, served.folders[0]).max_abs_diff <= 1e-5
-    assert replay_lists(served.cfg, served.url, served.folders[0]).max_abs_diff <= 1e-5
+    period, folder = replay.PastPeriod.of_run(served.cfg), served.folders[0]
+    limits, url = served.cfg.serve, served.url
+    assert replay.replay(period, limits, url, folder).max_abs_diff <= 1e-5
+    assert replay_lists(period, limits, url, folder).max_abs_diff <= 1e-5
 
 
 def check_rank_options(served: Served, info: dict) -> None:

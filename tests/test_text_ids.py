@@ -288,7 +288,8 @@ def test_predictions_name_users_and_items(world: TextServed) -> None:
 
 
 def test_replayed_requests_are_those_of_clients(world: TextServed) -> None:
-    for past in replay.past_requests(world.cfg, load_model(world.cfg.model_dir)):
+    cfg, period = world.cfg, replay.PastPeriod.of_run(world.cfg)
+    for past in replay.past_requests(period, cfg.serve, load_model(cfg.model_dir)):
         request = RankColumns.of(RankRequest.model_validate(past.body))
         assert request.item_text is not None
         assert world.ranker.find_refusal(request) is None
@@ -296,7 +297,7 @@ def test_replayed_requests_are_those_of_clients(world: TextServed) -> None:
         served = np.array([answer.scores[task] for task in world.cfg.tasks]).T
         np.testing.assert_allclose(served, past.scores, atol=1e-6)
 
-    demo = replay.demo_request(world.cfg)
+    demo = replay.demo_request(period, cfg.model_dir, cfg.serve.demo_candidates)
     assert demo.body["user_id"] in set(map(user_name, range(NUM_USERS)))
     assert set(demo.happened) <= {one["item_id"] for one in demo.body["candidates"]}
     users, items = load_test.known_ids(world.cfg.sequence_dir)

@@ -170,7 +170,7 @@ def test_a_version_on_trial_is_promoted_by_clicks_and_then_by_the_gate(
 
     monkeypatch.setattr(deployment, "deploy_model", deploy_model)
     monkeypatch.setattr(turn, "simulate_days", simulate_days)
-    monkeypatch.setattr(turn, "export_answers", lambda cfg: None)
+    monkeypatch.setattr(turn, "export_answers", lambda *told: None)
     rows = RowsAtHand({}, lambda folder: {})
     where = {"tracker": tracker, "dashboard_url": "", "start_ms": 0, "visits": 80}
     decision = turn.try_version(cfg, 3, rows, task="is_click", **where)

@@ -13,11 +13,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
+import httpx
 import numpy as np
 
-from pipeline.config import CanaryConfig, ExposureConfig, RunConfig, SplitConfig, UserError
+from pipeline.config import (
+    CanaryConfig,
+    ExposureConfig,
+    RunConfig,
+    SequenceConfig,
+    ServeConfig,
+    SourceConfig,
+    SplitConfig,
+    UserError,
+)
 from pipeline.logs import live_log_dir
 from pipeline.schema import DAY_MS
 from pipeline.sequences import store
@@ -72,7 +83,8 @@ def run_turn(
     Raises:
         UserError: the run has logs of its user's own, or no champion.
     """
-    cfg, start_ms = next_days(cfg)
+    split, start_ms = next_days(store.read_manifest(cfg.sequence_dir).last_event_ms)
+    cfg = replace(cfg, split=split, serve=note_all(cfg.serve, cfg.tasks))
     champion: PinnedModel = tracker.find_champion()
     _print_step(1, f"version {champion.version} recommends")
     url = deployment.deploy_model(cfg.folders, cfg.serve, dashboard_url, champion)
@@ -80,7 +92,7 @@ def run_turn(
     print(f"answers={before.answers} shown={before.shown} clicks={before.clicks}")
 
     _print_step(2, "what was served and clicked goes into the logs")
-    export_answers(cfg)
+    export_answers(cfg.source, cfg.sequences, cfg.serve, cfg.run_dir)
 
     _print_step(3, "the next champion")
     days_end = start_ms + DAYS * DAY_MS
@@ -92,7 +104,8 @@ def run_turn(
     summary = find_next(cfg, decide=decide)
 
     _print_step(4, f"version {tracker.find_champion().version} recommends")
-    after = look_at_lists(cfg, url, days_end, visits // DAYS)
+    with open_client(cfg.serve, url) as client:
+        after = look_at_lists(client, find_crowd(cfg), days_end, visits // DAYS, cfg.seed)
     print(
         f"in fashion, of what was recommended: {before.fashion_share:.3f} before, "
         f"{after.fashion_share:.3f} after (.2 by chance)"
@@ -126,7 +139,7 @@ def try_version(
     cfg = replace(cfg, serve=replace(cfg.serve, canary=canary))
     url = deployment.deploy_model(cfg.folders, cfg.serve, dashboard_url, champion)
     simulate_days(cfg, url, start_ms, 1, visits)
-    export_answers(cfg)  # for the next turn
+    export_answers(cfg.source, cfg.sequences, cfg.serve, cfg.run_dir)  # for the next turn
 
     verdict = judge_canary(cfg.serve, cfg.tasks, cfg.run_dir, version, MAX_SLOWER)
     print("\n".join(verdict_lines(verdict)))
@@ -147,25 +160,32 @@ def refuse_real_logs(kind: str) -> None:
         )
 
 
-def next_days(cfg: RunConfig) -> tuple[RunConfig, int]:
-    """The settings of a turn over the days after the logs' last, and their beginning (ms)."""
-    last_ms = store.read_manifest(cfg.sequence_dir).last_event_ms
-    start_ms = (last_ms // DAY_MS + 1) * DAY_MS
+def next_days(last_event_ms: int) -> tuple[SplitConfig, int]:
+    """The periods of a turn over the days after the logs' last event, and their beginning (ms).
+
+    logs end on        day 6, 14:00
+    turn begins on     day 7, 00:00     trained 7 8 9, t_val 10, t_test 11
+    """
+    start_ms = (last_event_ms // DAY_MS + 1) * DAY_MS
     split = SplitConfig(
         t_val=_iso_time(start_ms + TRAINED * DAY_MS),
         t_test=_iso_time(start_ms + (TRAINED + 1) * DAY_MS),
     )
+    return split, start_ms
+
+
+def note_all(serve: ServeConfig, tasks: tuple[str, ...]) -> ServeConfig:
+    """The server of a turn: every answer goes to the served log, and what was shown is exported."""
     # simulated people act at once, at a time that is long over or to come
-    exposures = ExposureConfig(places=SHOWN, wait_h=0.0, max_age_s=1e12, actions=cfg.tasks)
-    serve = replace(
-        cfg.serve,
+    exposures = ExposureConfig(places=SHOWN, wait_h=0.0, max_age_s=1e12, actions=tasks)
+    return replace(
+        serve,
         served_log=True,
         served_share=1.0,
-        served_places=max(SHOWN, cfg.serve.served_places),
+        served_places=max(SHOWN, serve.served_places),
         served_flush_s=FLUSH_S,
         exposures=exposures,
     )
-    return replace(cfg, split=split, serve=serve), start_ms
 
 
 def _iso_time(time_ms: int) -> str:
@@ -185,12 +205,13 @@ def simulate_days(cfg: RunConfig, url: str, start_ms: int, days: int, visits: in
     return done
 
 
-def look_at_lists(cfg: RunConfig, url: str, start_ms: int, visits: int) -> Visits:
+def look_at_lists(
+    client: httpx.Client, crowd: Crowd, start_ms: int, visits: int, seed: int
+) -> Visits:
     """What is recommended on the day after."""
-    rng = np.random.default_rng(cfg.seed)
+    rng = np.random.default_rng(seed)
     times_ms = start_ms + np.sort(rng.choice(DAY_MS, visits, replace=False))
-    with open_client(cfg.serve, url) as client:
-        done, _ = visit_server(client, find_crowd(cfg), times_ms, rng, posts=False)
+    done, _ = visit_server(client, crowd, times_ms, rng, posts=False)
     return done
 
 
@@ -202,12 +223,14 @@ def find_crowd(cfg: RunConfig) -> Crowd:
     return Crowd(users, items, rates, by_rank=not cfg.index.enabled)
 
 
-def export_answers(cfg: RunConfig) -> None:
+def export_answers(
+    source: SourceConfig, sequences: SequenceConfig, serve: ServeConfig, run_dir: Path
+) -> None:
     """As `jobs.export_events` does it."""
-    assert cfg.serve.exposures is not None
-    served = ServedAnswers(deployment.served_folder(cfg.serve, cfg.run_dir), cfg.serve.exposures)
-    log = open_events(cfg.serve, cfg.run_dir / "serving")
-    done = export_events(cfg.source, cfg.sequences, cfg.run_dir, log, served)
+    assert serve.exposures is not None
+    served = ServedAnswers(deployment.served_folder(serve, run_dir), serve.exposures)
+    log = open_events(serve, run_dir / "serving")
+    done = export_events(source, sequences, run_dir, log, served)
     print(
         f"file={done.path} events={done.num_events} exposures={done.num_exposures} "
         f"left_out={json.dumps(done.left_out)}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.batches.examples import Examples, UserEvents
-from pipeline.config import RunConfig, ServeConfig
+from pipeline.config import ServeConfig
 from pipeline.index.histories import PastRows
 from pipeline.logs.ids import OwnId
 from pipeline.recommend.everybody import load_recommender
@@ -19,9 +19,9 @@ from pipeline.recommend.offline import Audience, UserList
 from pipeline.recommend.retriever import Wish
 from serve_app.replay import (
     DemoRequest,
+    PastPeriod,
     open_client,
     post_body,
-    sample_requests,
     use_own_ids,
 )
 
@@ -38,26 +38,27 @@ class ListReport:
     p99_ms: float
 
 
-def replay_lists(cfg: RunConfig, url: str, model_dir: Path) -> ListReport:
-    """`serve.parity_requests` test requests against the server at `url`, which serves the version
-    in `model_dir`.
+def replay_lists(period: PastPeriod, serve: ServeConfig, url: str, model_dir: Path) -> ListReport:
+    """`serve.parity_requests` requests of the period against the server at `url`, which serves the
+    version in `model_dir`.
 
     Raises:
         UserError: the version has no index, or the test period holds no request.
     """
-    recommender = load_recommender(cfg.serve, model_dir)
-    users, examples = sample_requests(cfg, cfg.serve.parity_requests)
-    audience = past_audience(users, examples, cfg.serve.max_history)
-    wish = Wish(num=min(SHOWN, cfg.serve.max_recommended))
-    lists = recommender.recommend(audience, wish, cfg.tasks[0])
+    recommender = load_recommender(serve, model_dir)
+    users, examples = period.sample_requests(serve.parity_requests)
+    audience = past_audience(users, examples, serve.max_history)
+    wish = Wish(num=min(SHOWN, serve.max_recommended))
+    by_default = recommender.loaded.cfg.tasks[0]  # the order of a request that names no task
+    lists = recommender.recommend(audience, wish, by_default)
 
     bodies = []
     for number in range(len(lists)):
         bodies.append(request_body(audience, number) | {"n": wish.num})
-    use_own_ids(bodies, cfg.sequence_dir)
+    use_own_ids(bodies, period.stored.folder)
 
     num_equal, worst, elapsed_ms = 0, 0.0, []
-    with open_client(cfg.serve, url) as client:
+    with open_client(serve, url) as client:
         for body, expected in zip(bodies, lists, strict=True):
             answer, took_ms = post_body(client, PATH, body)
             elapsed_ms.append(took_ms)
