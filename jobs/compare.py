@@ -3,6 +3,7 @@ costs, as one HTML page and as a run of MLflow.
 """
 
 import argparse
+from functools import partial
 
 from jobs import cli
 from pipeline.config import UserError
@@ -45,7 +46,9 @@ def run_job(job: cli.Job) -> None:
     from contextlib import nullcontext
 
     from pipeline import tracking
+    from pipeline.batches.stored import StoredUsers
     from pipeline.evaluate import compared, comparison_page
+    from pipeline.evaluate.comparison import item_rate_logits
     from pipeline.evaluate.spread import evaluation_cluster
 
     # mistakes are told before MLflow is started
@@ -58,8 +61,12 @@ def run_job(job: cli.Job) -> None:
             with evaluation_cluster(cfg.ray, cfg.runs_dir, cfg.sequence_dir):
                 compared.evaluate_missing(cfg.runs_dir, runs, cfg.evaluate, options.split, tell)
 
+        item_rate = None
+        if options.item_rate:
+            stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+            item_rate = partial(item_rate_logits, stored, cfg.split)
         comparison = comparison_page.compare_runs(
-            cfg, runs, options.split, options.samples, with_item_rate=options.item_rate
+            cfg.runs_dir, runs, options.split, options.samples, item_rate
         )
         print(comparison_page.console_table(comparison))
         page = comparison_page.write_page(cfg.run_dir / "comparison", comparison)

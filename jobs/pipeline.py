@@ -365,7 +365,9 @@ def compare(
     None where no row was scored that could be compared.
     """
 
+    from pipeline.batches.stored import StoredUsers
     from pipeline.evaluate import comparison_page, evaluator
+    from pipeline.evaluate.comparison import item_rate_logits
     from pipeline.train import trainer
 
     scored = []
@@ -386,7 +388,9 @@ def compare(
             folder = evaluator.evaluation_folder(baseline.run_dir, baseline.evaluate)
             tracker.log_evaluation(model, found, folder)
 
-    comparison = comparison_page.compare_runs(cfg, names, scored[0], SAMPLES, with_item_rate=True)
+    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+    item_rate = partial(item_rate_logits, stored, cfg.split)
+    comparison = comparison_page.compare_runs(cfg.runs_dir, names, scored[0], SAMPLES, item_rate)
     print(comparison_page.console_table(comparison))
     page = comparison_page.write_page(cfg.run_dir / "comparison", comparison)
     tracker.log_comparison(comparison.models, comparison.run_ids, page.parent)

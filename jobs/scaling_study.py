@@ -41,7 +41,7 @@ def run_job(job: cli.Job) -> None:
     from pipeline.study.figures import study_figures
     from pipeline.train import supervision
 
-    opening.check_study(base, points)
+    opening.check_study(points)
     own = plans.study_config(base)
     if job.options.report_only:
         figures = study_figures(base, plan, {})
@@ -53,7 +53,7 @@ def run_job(job: cli.Job) -> None:
     manifest = store.read_manifest(own.sequence_dir)
     with supervision.only_training(own.runs_dir, own.name):
         if job.options.restart:
-            running.forget_study(base)
+            running.forget_study(own.run_dir)
         opening.open_study(base, plan)
 
         if job.options.no_tracking:
@@ -88,7 +88,7 @@ def plan_job(job: cli.Job) -> dict[str, object]:
 
     from pipeline.study import opening, running
 
-    opening.check_study(job.cfg, points)
+    opening.check_study(points)
     running.check_room(job.cfg.ray, job.cfg.train)
     return {
         "points": [point.trial.name for point in points],

@@ -115,7 +115,7 @@ def test_a_size_that_an_encoder_refuses_is_named_before_anything_starts(tmp_path
     publish_sequences(base)
     plan = read_plan(write_plan(tmp_path, encoders={"hstu": {"model.encoder": "hstu"}}), base.tasks)
     with pytest.raises(UserError, match=r"hstu, d2, length 2 is refused: model.attention.window"):
-        opening.check_study(base, plan_points(base, plan))
+        opening.check_study(plan_points(base, plan))
 
 
 def test_sizes_and_lengths_climb_together() -> None:
@@ -179,7 +179,7 @@ def test_a_study_goes_on_as_it_began(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"began with lengths = \[2, 6\] .*--restart"):
         opening.open_study(base, other)
     (tmp_path / "tiny-study-ultra-d2-2-s0").mkdir()
-    running.forget_study(base)
+    running.forget_study(tmp_path / "tiny-study")
     assert [path.name for path in tmp_path.glob("tiny-study*")] == []
     opening.open_study(base, other)
 

@@ -104,7 +104,7 @@ def open_studies(
         if seeds:
             plan = replace(plan, study=replace(plan.study, seeds=tuple(seeds)))
         points = plan_points(base, plan)
-        check_study(base, points)
+        check_study(points)
         open_study(base, plan)
         names += [point.trial.name for point in points]
         left = []

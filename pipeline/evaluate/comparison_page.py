@@ -5,22 +5,21 @@ and quality beside what it cost.
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from pipeline.batches.stored import StoredUsers
-from pipeline.config import RunConfig, UserError, flatten
+from pipeline.config import UserError, flatten
 from pipeline.evaluate.comparison import (
     LESS_IS_BETTER,
     METRICS,
     Difference,
     ScoredRows,
     compare_models,
-    item_rate_logits,
     mean_over_tasks,
     measure_rows,
     read_scores,
@@ -76,20 +75,25 @@ class Comparison:
 
 
 def compare_runs(
-    cfg: RunConfig, runs: Sequence[str], split: str, samples: int, *, with_item_rate: bool
+    runs_dir: str,
+    runs: Sequence[str],
+    split: str,
+    samples: int,
+    item_rate: Callable[[ScoredRows], np.ndarray] | None = None,
 ) -> Comparison:
-    """Runs of one `runs_dir` on the rows that all of them have scored, by their names; with
-    `with_item_rate` also the item's smoothed rate over the training period of `cfg`.
+    """Runs of one `runs_dir` on the rows that all of them have scored, by their names.
+
+    Args:
+        item_rate: `item_rate_logits` of a training period, to be compared as well.
 
     Raises:
         UserError: a run that is not trained or not evaluated, or was on other rows.
     """
-    folders = {name: Path(cfg.runs_dir).absolute() / name for name in runs}
+    folders = {name: Path(runs_dir).absolute() / name for name in runs}
     facts = {name: read_facts(name, folder) for name, folder in folders.items()}
     rows = read_scores(folders, split)
-    if with_item_rate:
-        stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
-        rows.logits[ITEM_RATE] = item_rate_logits(stored, cfg.split, rows)
+    if item_rate is not None:
+        rows.logits[ITEM_RATE] = item_rate(rows)
     return make_comparison(rows, facts, split, samples)
 
 

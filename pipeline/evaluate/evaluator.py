@@ -97,25 +97,21 @@ def evaluate_model(
     tell_empty_splits(cfg.split, manifest, splits)
 
     begin = time.perf_counter()
-    with_vectors = makes_vectors(cfg.evaluate, loaded.cfg)
-    scores = _score_store(cfg, loaded.cfg, model_dir, splits, manifest, with_vectors=with_vectors)
+    job = _evaluation_job(cfg, loaded.cfg, model_dir, splits, manifest)
+    scores = _score_store(job, manifest)
     found = _splits_with_requests(scores)
 
     folder = evaluation_folder(cfg.run_dir, cfg.evaluate, name)
+    tasks, offset = loaded.cfg.tasks, loaded.cfg.features.hour_utc_offset
+    report = _SplitReport(folder, cfg.sequence_dir, manifest, cfg.evaluate, tasks, offset)
     # files and plots are made here while retrieval is measured, by workers or a second core
     with ThreadPoolExecutor(max_workers=1) as beside:
-        retrieval = beside.submit(
-            _retrieval_metrics, cfg, loaded, model_dir, found, manifest, scores.vectors
-        )
-        metrics, sliced = _report_splits(
-            cfg.evaluate, cfg.sequence_dir, loaded.cfg, found, scores, folder, manifest
-        )
+        of_found = replace(job, splits=tuple(found))
+        retrieval = beside.submit(_retrieval_metrics, of_found, loaded, scores.vectors)
+        metrics, sliced = report.write_splits(found, scores)
         metrics |= retrieval.result()
 
-    if cfg.evaluate.sample is not None:
-        metrics["sample_share"] = cfg.evaluate.sample
-    if loaded.cfg.examples.negatives:  # what the metrics tell positives from
-        metrics["drawn_negatives"] = float(loaded.cfg.examples.negatives)
+    metrics |= _candidate_facts(cfg.evaluate.sample, loaded.cfg.examples.negatives)
     _log_seconds(scores, time.perf_counter() - begin)
 
     work = {split: scores.work[split] for split in found}
@@ -125,6 +121,18 @@ def evaluate_model(
     metrics |= work_shares(total_work(work))
     write_metrics(folder / "metrics.json", metrics)
     return metrics
+
+
+def _candidate_facts(sample: float | None, negatives: int) -> dict[str, float]:
+    """What must be known of the candidates to compare metrics: the share of users, where it is not
+    all, and how many items were drawn beside each positive.
+    """
+    facts = {}
+    if sample is not None:
+        facts["sample_share"] = sample
+    if negatives:
+        facts["drawn_negatives"] = float(negatives)
+    return facts
 
 
 def _splits_with_requests(scores: StoreScores) -> list[str]:
@@ -170,7 +178,8 @@ def score_model(cfg: RunConfig, model_dir: Path) -> dict[str, float]:
         )
 
     whole = replace(cfg, evaluate=replace(cfg.evaluate, sample=None))
-    scores = _score_store(whole, model, model_dir, ["val"], manifest)
+    job = _evaluation_job(whole, model, model_dir, ["val"], manifest)
+    scores = _score_store(replace(job, with_vectors=False), manifest)
     found = scores.splits["val"].metrics.result()
     return {task: found[f"ne/{task}"] for task in model.tasks}
 
@@ -211,22 +220,30 @@ def _iso_time(time_ms: int) -> str:
     return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds")
 
 
-def _score_store(
+def _evaluation_job(
     cfg: RunConfig,
     model: RunConfig,
     model_dir: Path,
     splits: Sequence[str],
     manifest: store.Manifest,
-    *,
-    with_vectors: bool = False,
-) -> StoreScores:
+) -> EvaluationJob:
+    """What all parts of an evaluation have in common, here or on the workers of the cluster."""
+    spread = is_worth_workers(cfg.evaluate.device, plan_parts(manifest))
+    return EvaluationJob(
+        cfg=scoring_config(cfg, model),
+        model_dir=model_dir,
+        digest=sha256_of(model_dir / INDEX),
+        splits=tuple(splits),
+        device=evaluation_device(cfg.evaluate, on_cluster=spread),
+        spread=spread,
+        # from many workers they would be much to send about
+        with_vectors=makes_vectors(cfg.evaluate, model) and not spread,
+    )
+
+
+def _score_store(job: EvaluationJob, manifest: store.Manifest) -> StoreScores:
     """All parts of the store, here or on the workers of the cluster."""
-    parts = plan_parts(manifest)
-    spread = is_worth_workers(cfg.evaluate.device, parts)
-    job = _evaluation_job(cfg, model, model_dir, splits, spread=spread)
-    if not spread:  # from many workers they would be much to send about
-        job = replace(job, with_vectors=with_vectors)
-    return _merged(score_parts(job, parts, spread=spread), splits)
+    return _merged(score_parts(job, plan_parts(manifest)), job.splits)
 
 
 def makes_vectors(cfg: EvaluateConfig, model: RunConfig) -> bool:
@@ -238,35 +255,16 @@ def makes_vectors(cfg: EvaluateConfig, model: RunConfig) -> bool:
 
 
 def _retrieval_metrics(
-    cfg: RunConfig,
-    loaded: LoadedModel,
-    model_dir: Path,
-    splits: Sequence[str],
-    manifest: store.Manifest,
-    users: Mapping[str, UserVectors],
+    job: EvaluationJob, loaded: LoadedModel, users: Mapping[str, UserVectors]
 ) -> dict[str, float]:
     """Those of `evaluate_retrieval`, here or by the workers of the cluster; none of a model that
     only ranks, or of a sample.
     """
-    if not loaded.cfg.retrieval.enabled or cfg.evaluate.sample is not None:
+    if not loaded.cfg.retrieval.enabled or job.cfg.evaluate.sample is not None:
         return {}
-    spread = is_worth_workers(cfg.evaluate.device, plan_parts(manifest))
-    job = _evaluation_job(cfg, loaded.cfg, model_dir, splits, spread=spread)
-    here = "cpu" if spread else job.device  # what the workers have, this process may lack
-    rank = partial(rank_parts, job, spread=spread)
-    return evaluate_retrieval(cfg, loaded, splits, here, rank, users)
-
-
-def _evaluation_job(
-    cfg: RunConfig, model: RunConfig, model_dir: Path, splits: Sequence[str], *, spread: bool
-) -> EvaluationJob:
-    return EvaluationJob(
-        cfg=scoring_config(cfg, model),
-        model_dir=model_dir,
-        digest=sha256_of(model_dir / INDEX),
-        splits=tuple(splits),
-        device=evaluation_device(cfg.evaluate, on_cluster=spread),
-    )
+    here = "cpu" if job.spread else job.device  # what the workers have, this process may lack
+    rank = partial(rank_parts, job)
+    return evaluate_retrieval(job.cfg, loaded, job.splits, here, rank, users)
 
 
 def scoring_config(cfg: RunConfig, model: RunConfig) -> RunConfig:
@@ -334,65 +332,59 @@ def evaluation_folder(run_dir: Path, cfg: EvaluateConfig, name: str | None = Non
     return run_dir / "evaluation" / (evaluation_name(cfg, name) or "")
 
 
-def _report_splits(
-    cfg: EvaluateConfig,
-    sequence_dir: Path,
-    model: RunConfig,
-    splits: Sequence[str],
-    scores: StoreScores,
-    folder: Path,
-    manifest: store.Manifest,
-) -> tuple[dict[str, float], dict[str, list[slices.Slice]]]:
-    """Write the files of each split; returns the metrics of all, and the slices by split."""
-    metrics: dict[str, float] = {}
-    sliced: dict[str, list[slices.Slice]] = {}
-    offset = model.features.hour_utc_offset
-    for split in splits:
-        metrics |= _report_split(cfg, sequence_dir, model.tasks, split, scores, folder, manifest)
-        sliced[split] = _report_slices(model.tasks, offset, split, scores, folder)
-    return metrics, sliced
+@dataclass(frozen=True, slots=True)
+class _SplitReport:
+    """The files of each split that was scored, below `folder`."""
 
+    folder: Path
+    sequence_dir: Path
+    manifest: store.Manifest
+    settings: EvaluateConfig
+    tasks: tuple[str, ...]
+    hour_utc_offset: float  # of the hours in slices
 
-def _report_split(
-    cfg: EvaluateConfig,
-    sequence_dir: Path,
-    tasks: Sequence[str],
-    split: str,
-    scores: StoreScores,
-    folder: Path,
-    manifest: store.Manifest,
-) -> dict[str, float]:
-    """Write predictions and plots of a split; returns its metrics."""
-    found = scores.splits[split]
-    with staged_file(folder / "predictions" / f"{split}.parquet") as stage:
-        pq.write_table(name_rows(sequence_dir, manifest, found.predictions), stage)
-    if not tasks:  # a model for retrieval alone
-        return {}
+    def write_splits(
+        self, splits: Sequence[str], scores: StoreScores
+    ) -> tuple[dict[str, float], dict[str, list[slices.Slice]]]:
+        """The metrics of all, and the slices by split; their files are written."""
+        metrics: dict[str, float] = {}
+        sliced: dict[str, list[slices.Slice]] = {}
+        for split in splits:
+            metrics |= self._write_split(split, scores)
+            sliced[split] = self._write_slices(split, scores)
+        return metrics, sliced
 
-    scored = {}
-    for task in tasks:
-        known = found.predictions.filter(found.predictions[f"label.{task}"].is_valid())
-        scored[task] = known[f"score.{task}"].to_numpy(), known[f"label.{task}"].to_numpy()
-    if scored:
-        bins = cfg.calibration_bins
-        plots.plot_calibration(scored, bins, folder / f"calibration_{split}.png")
-        plots.plot_roc(scored, folder / f"roc_{split}.png")
+    def _write_split(self, split: str, scores: StoreScores) -> dict[str, float]:
+        """Write predictions and plots of a split; returns its metrics."""
+        found = scores.splits[split]
+        with staged_file(self.folder / "predictions" / f"{split}.parquet") as stage:
+            pq.write_table(name_rows(self.sequence_dir, self.manifest, found.predictions), stage)
+        if not self.tasks:  # a model for retrieval alone
+            return {}
 
-    metrics = found.named_metrics(split)
-    baseline = baseline_metrics(scores.item_counts, found.predictions, tasks)
-    return metrics | {f"{split}/{key}": value for key, value in baseline.items()}
+        # score and label of each task, where the label is known
+        scored = {}
+        for task in self.tasks:
+            known = found.predictions.filter(found.predictions[f"label.{task}"].is_valid())
+            scored[task] = known[f"score.{task}"].to_numpy(), known[f"label.{task}"].to_numpy()
+        bins = self.settings.calibration_bins
+        plots.plot_calibration(scored, bins, self.folder / f"calibration_{split}.png")
+        plots.plot_roc(scored, self.folder / f"roc_{split}.png")
 
+        metrics = found.named_metrics(split)
+        baseline = baseline_metrics(scores.item_counts, found.predictions, self.tasks)
+        return metrics | {f"{split}/{key}": value for key, value in baseline.items()}
 
-def _report_slices(
-    tasks: Sequence[str], hour_utc_offset: float, split: str, scores: StoreScores, folder: Path
-) -> list[slices.Slice]:
-    """Write the slices of a split as a table and as a picture."""
-    predictions = scores.splits[split].predictions
-    lines = slices.slice_lines(predictions, scores.item_counts, tasks, hour_utc_offset)
-    slices.write_slices(folder / f"slices_{split}.json", slices.as_table(lines))
-    if lines:
-        plots.plot_slices(lines, tasks, folder / f"slices_{split}.png")
-    return lines
+    def _write_slices(self, split: str, scores: StoreScores) -> list[slices.Slice]:
+        """Write the slices of a split as a table and as a picture."""
+        predictions = scores.splits[split].predictions
+        lines = slices.slice_lines(
+            predictions, scores.item_counts, self.tasks, self.hour_utc_offset
+        )
+        slices.write_slices(self.folder / f"slices_{split}.json", slices.as_table(lines))
+        if lines:
+            plots.plot_slices(lines, self.tasks, self.folder / f"slices_{split}.png")
+        return lines
 
 
 def _publish_slices(sliced: Mapping[str, Sequence[slices.Slice]], model_dir: Path) -> None:

@@ -61,6 +61,7 @@ class EvaluationJob:
     digest: str  # of the model's index, so that a worker does not go on with another
     splits: tuple[str, ...]
     device: str
+    spread: bool = False  # over the workers of the cluster
     with_vectors: bool = False  # of the users whom retrieval is going to be asked about
 
 

@@ -54,27 +54,26 @@ P = TypeVar("P", bound=Part)
 T = TypeVar("T")
 
 
-def score_parts(
-    job: EvaluationJob, parts: Sequence[EvaluationPart], *, spread: bool
-) -> Iterator[PartScores]:
-    """The scores of each part, in order; `spread` over the Ray cluster of this process.
+def score_parts(job: EvaluationJob, parts: Sequence[EvaluationPart]) -> Iterator[PartScores]:
+    """The scores of each part, in order, from the Ray cluster of this process where the job is
+    spread over it.
 
     A worker has one CPU and, where the job's device is cuda, one GPU.
     """
     with Progress(parts) as progress:
-        if spread:
+        if job.spread:
             yield from _run_tasks(score_part, job, job.device, parts, progress)
         else:
             yield from _run_threads(score_part, job, job.device, parts, progress)
 
 
 def rank_parts(
-    job: EvaluationJob, scorers: ItemScorers, parts: Sequence[RetrievalPart], *, spread: bool
+    job: EvaluationJob, scorers: ItemScorers, parts: Sequence[RetrievalPart]
 ) -> Iterator[PartMetrics]:
     """The metrics of each part of an evaluation of retrieval, in order, in the same way."""
     shared = RankingJob(job, replace(scorers, items=scorers.items.cpu()))
     with Progress(parts, "evaluation of retrieval") as progress:
-        if spread:
+        if job.spread:
             yield from _run_tasks(rank_for, shared, job.device, parts, progress)
         else:
             yield from _run_threads(rank_for, shared, job.device, parts, progress)

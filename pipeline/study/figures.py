@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.batches.examples import user_events
 from pipeline.batches.loader import split_bounds
-from pipeline.config import RunConfig, UserError
+from pipeline.batches.stored import StoredUsers
+from pipeline.config import RunConfig, SyntheticConfig, UserError
+from pipeline.config.folders import LOG_FOLDER
 from pipeline.evaluate.metrics import auc, normalised_entropy
 from pipeline.evaluate.reachable import Reachable, reachable_task, reached_share
-from pipeline.sequences import store
 from pipeline.study.entropy import measure_quality
 from pipeline.study.laws import Law, fit_log, fit_power, fit_slopes, interval, pareto_front
 from pipeline.study.measured import (
@@ -54,6 +54,14 @@ def study_figures(base: RunConfig, plan: StudyPlan, failed: dict[str, str]) -> d
     whole = {one.key: one for one in measured if one.key[3] == 1.0}
     path = own.run_dir / PREDICTIONS
     predicted = json.loads(path.read_text()) if path.exists() else {}
+
+    reachable = None  # known of a log that is made here, on the task that its tastes decide
+    if reachable_task(base.source, base.tasks) == task:
+        log_dir = own.sequence_dir.parent / LOG_FOLDER
+        period = split_bounds(base.split, plan.study.split)
+        reachable = _reachable(base.source.synthetic, log_dir, period, plan.study.lengths)
+
+    stored = StoredUsers(own.sequence_dir, base.source, base.features)
     first = next(point for point in points if is_finished(point))
     sums = read_users(first.trial.cfg.run_dir)
     return {
@@ -75,8 +83,11 @@ def study_figures(base: RunConfig, plan: StudyPlan, failed: dict[str, str]) -> d
         "slopes": {cost: _slopes(plan, whole, cost) for cost in COSTS},
         "laws": _laws(plan, whole),
         "predictions": held_against(plan, whole, predicted),
-        "data": {"quality": _data_quality(base), "less": _less_data(plan, measured)},
-        "reachable": _reachable(base, plan, task),
+        "data": {
+            "quality": asdict(measure_quality(_training_items(stored, base.split.train_end_ms))),
+            "less": _less_data(plan, measured),
+        },
+        "reachable": reachable,
     }
 
 
@@ -176,18 +187,10 @@ def _law_numbers(law: Law, top: float) -> dict[str, Any]:
     return numbers | {"gain_of_doubling": interval(doubled[:, 0] - doubled[:, 1])}
 
 
-def _data_quality(base: RunConfig) -> dict[str, Any]:
-    return asdict(measure_quality(_training_items(base)))
-
-
-def _training_items(base: RunConfig) -> Iterator[np.ndarray]:
+def _training_items(stored: StoredUsers, train_end_ms: int) -> Iterator[np.ndarray]:
     """Item ids of each user's training rows, oldest first, int64 [rows]."""
-    sequence_dir = study_config(base).sequence_dir
-    manifest = store.read_manifest(sequence_dir)
-    for bucket in range(len(manifest.buckets)):
-        table = store.read_bucket(sequence_dir, manifest, bucket)
-        users = user_events(table, base.source, base.features)
-        trained = users.request_time < base.split.train_end_ms
+    for users in stored.by_bucket():
+        trained = users.request_time < train_end_ms
 
         offsets = users.events.offsets
         for begin, end in itertools.pairwise(offsets):
@@ -211,19 +214,19 @@ def _less_data(plan: StudyPlan, measured: Sequence[Measured]) -> dict[str, Any]:
     return found
 
 
-def _reachable(base: RunConfig, plan: StudyPlan, task: str) -> dict[str, Any] | None:
-    """The best AUC and NE from histories of each length; None where nobody knows them."""
-    if reachable_task(base.source, base.tasks) != task:
-        return None
-    source_run = Path(base.runs_dir).absolute() / (base.sequences.from_run or base.name)
-    log_dir = source_run / "logs"
+def _reachable(
+    made_by: SyntheticConfig, log_dir: Path, period: tuple[int, int], lengths: Sequence[int]
+) -> dict[str, Any] | None:
+    """The best AUC and NE in a period, [from, to) in ms UTC, from histories of each length; None
+    where the log is not there.
+    """
     if not log_dir.exists():
         return None
 
-    reachable = Reachable(base.source.synthetic, log_dir)
-    wanted, labels = reachable.rows_between(*split_bounds(base.split, plan.study.split))
+    reachable = Reachable(made_by, log_dir)
+    wanted, labels = reachable.rows_between(*period)
     found = {}
-    for length in (*plan.study.lengths, None):
+    for length in (*lengths, None):
         scores = reachable.scores(wanted, length)
         name = "all" if length is None else str(length)
         found[name] = {"auc": auc(scores, labels), "ne": normalised_entropy(scores, labels)}

@@ -14,19 +14,18 @@ STUDY = "study.json"  # in the study's folder
 RECORDED = ("source", "split", "tasks", "examples", "features", "model", "train")
 
 
-def check_study(base: RunConfig, points: Sequence[Point]) -> None:
+def check_study(points: Sequence[Point]) -> None:
     """Tell what would end a point before any of them starts.
 
     Raises:
-        UserError: no sequences, a setting that an encoder does not know, or
-            retrieval.
+        UserError: no sequences, a setting that an encoder does not know, or retrieval.
     """
-    if base.split.refit:
-        raise UserError("split.refit leaves no validation period to study")
-    if not base.tasks or base.retrieval.enabled:
-        raise UserError("a study is of ranking: it needs tasks, and retrieval.enabled: false")
     for point in points:
         own = point.trial.cfg
+        if own.split.refit:
+            raise UserError("split.refit leaves no validation period to study")
+        if not own.tasks or own.retrieval.enabled:
+            raise UserError("a study is of ranking: it needs tasks, and retrieval.enabled: false")
         try:
             check_run(own.model, own.train, retrieval=own.retrieval.enabled)
         except UserError as error:

@@ -23,7 +23,7 @@ from pipeline.cluster import ray_cluster
 from pipeline.config import RayConfig, RunConfig, TrainConfig
 from pipeline.files import json_text, write_atomically
 from pipeline.search.trial import shares_features
-from pipeline.study.plan import Point, StudyPlan, plan_points, study_config, study_name
+from pipeline.study.plan import Point, StudyConfig, StudyPlan, plan_points, study_config
 from pipeline.study.point import POINT, WORK, count_work, run_point
 from pipeline.study.predictions import PREDICTIONS, predict_largest
 from pipeline.tracking import Run
@@ -43,10 +43,9 @@ def check_room(ray: RayConfig, train: TrainConfig) -> None:
     refuse_impossible_size(ray, replace(train, num_workers=1))
 
 
-def forget_study(base: RunConfig) -> None:
-    """Remove the files of the study and of all its points."""
-    folder = study_config(base).run_dir
-    for path in folder.parent.glob(f"{study_name(base.name)}-*"):
+def forget_study(folder: Path) -> None:
+    """Remove the study's folder, and those of its points beside it."""
+    for path in folder.parent.glob(f"{folder.name}-*"):
         shutil.rmtree(path)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -76,7 +75,8 @@ def run_study(base: RunConfig, plan: StudyPlan, told: Told) -> dict[str, str]:
             largest.append(point)
         else:
             smaller.append(point)
-        jobs[point.trial.name] = _make_job(base, plan, point, folder)
+        maps = folder if shares_features(point.trial.cfg, base) else None
+        jobs[point.trial.name] = _make_job(point, plan.study, maps)
 
     with ray_cluster(base.ray, runs_dir=base.runs_dir):
         if any(job.shared_maps is not None for job in jobs.values()):
@@ -103,14 +103,14 @@ class PointJob:
     shared_maps: Path | None  # folder of the feature maps; None: the point fits its own
 
 
-def _make_job(base: RunConfig, plan: StudyPlan, point: Point, folder: Path) -> PointJob:
-    trial, study = point.trial, plan.study
+def _make_job(point: Point, study: StudyConfig, shared_maps: Path | None) -> PointJob:
+    trial = point.trial
     return PointJob(
         cfg=config.to_dict(trial.cfg.with_absolute_folders()),
         settings=trial.settings,
         split=study.split,
-        task=study.task or base.tasks[0],
-        shared_maps=folder if shares_features(trial.cfg, base) else None,
+        task=study.task or trial.cfg.tasks[0],
+        shared_maps=shared_maps,
     )
 
 
