@@ -8,6 +8,7 @@ in both.
 """
 
 import argparse
+import math
 
 from jobs import cli
 
@@ -23,19 +24,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline.logs import live_log_dir
     from serve_app.deployment import served_folder
-    from serve_app.feedback.exposures import ServedAnswers
+    from serve_app.feedback.exposures import ServedAnswers, settled_before
     from serve_app.history.export import export_events, prune_events
     from serve_app.ranking.rollout import open_events
 
-    log = open_events(job.cfg.serve, job.cfg.run_dir / "serving")
+    cfg, wanted = job.cfg, job.cfg.serve.exposures
+    log = open_events(cfg.serve, cfg.run_dir / "serving")
     if job.options.prune:
-        print(f"removed={prune_events(job.cfg.sequence_dir, job.cfg.sequences, log)}")
+        settled_ms = math.inf
+        if wanted is not None:
+            folder, flush_s = live_log_dir(cfg.run_dir), cfg.serve.served_flush_s
+            settled_ms = settled_before(folder, wanted, flush_s)
+        print(f"removed={prune_events(cfg.sequence_dir, cfg.sequences, log, settled_ms)}")
         return
 
-    cfg, served = job.cfg, None
-    if cfg.serve.exposures is not None:
-        served = ServedAnswers(served_folder(cfg.serve, cfg.run_dir), cfg.serve.exposures)
+    served = None
+    if wanted is not None:
+        served = ServedAnswers(served_folder(cfg.serve, cfg.run_dir), wanted)
     done = export_events(cfg.source, cfg.sequences, cfg.run_dir, log, served)
     print(
         f"file={done.path} events={done.num_events} exposures={done.num_exposures} "

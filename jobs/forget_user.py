@@ -70,6 +70,8 @@ def read_users(given: list[str], file: str | None, *, text: bool) -> "np.ndarray
             lines = Path(file).read_text().splitlines()
         except OSError as error:
             raise UserError(f"--users-file {file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"--users-file {file} is no text in UTF-8: {error}") from None
         for line in filter(None, lines):
             words += [line] if text else line.split()  # text may have spaces within
 

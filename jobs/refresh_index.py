@@ -31,7 +31,7 @@ def run_job(job: cli.Job) -> None:
         left_out = shutil.ignore_patterns(FOLDER, "README.md")
         folder = Path(shutil.copytree(champion, Path(staging) / "model", ignore=left_out))
         with tracker.start_run(cfg, manifest) as run:
-            version = tracker.register_model(run, folder)
+            version = tracker.register_model(run, folder, same_as=before)
         decision = tracker.promote_version(version)
 
     print(f"version={version} of version {before} with a new index: {decision.reason}")

@@ -60,13 +60,13 @@ def find_champion(cfg: RunConfig, stack: ExitStack) -> "tuple[PinnedModel, str]"
 
     try:
         tracker = stack.enter_context(tracking.session(cfg))
-    except Outage as error:
+        return tracker.find_champion(), tracker.server_url
+    except Outage as error:  # at its start, or of what is behind it
         champion = deployment.recall_champion(cfg.runs_dir, cfg.model_name)
         if champion is None:
             raise
         logger.warning("serving version %d, as the last time: %s", champion.version, error)
         return champion, "does not answer"
-    return tracker.find_champion(), tracker.server_url
 
 
 def require_cluster() -> None:

@@ -151,6 +151,12 @@ def test_only_the_same_rows_are_compared(tmp_path: Path) -> None:
     other = write_predictions(tmp_path / "c", rows, "good", rows.item_id + 1)
     with pytest.raises(UserError, match="'a' and 'c' were evaluated on other rows of test"):
         read_scores({"a": first, "c": other}, "test")
+    # the same rows after outcomes that came late
+    labels = rows.labels.copy()
+    labels[3:5, 1] = 1 - np.nan_to_num(labels[3:5, 1])
+    late = write_predictions(tmp_path / "e", replace(rows, labels=labels), "good", rows.item_id)
+    with pytest.raises(UserError, match=r"'a' and 'e' .* other labels of is_like \(2 of"):
+        read_scores({"a": first, "e": late}, "test")
     with pytest.raises(UserError, match=r"run 'd' has no predictions of test .* jobs\.evaluate"):
         read_scores({"a": first, "d": tmp_path / "d"}, "test")
 

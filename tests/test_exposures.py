@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ConfigError, ExposureConfig, RunConfig, ServeConfig, to_dict
+from pipeline.logs import live_log_dir
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.feedback import exposures, served_log
-from serve_app.feedback.exposures import ServedAnswers
+from serve_app.feedback.exposures import ServedAnswers, settled_before
 from serve_app.feedback.served_rows import Served
 from serve_app.history.export import Export, export_events
 from serve_app.history.sqlite_events import SqliteEvents
@@ -143,6 +144,27 @@ def test_what_nobody_posted_did_not_happen(
     log.append([Event.model_validate(click | {"actions": {"is_like": True}})])
     assert export(cfg, log, tmp_path).num_events == 1
     assert rows_of(cfg, 3)[10] == (SHOWN, 3, 3, 2)
+
+
+def test_an_event_stays_until_its_exposure_is_final(
+    cfg: RunConfig, log: SqliteEvents, tmp_path: Path, clock: Clock
+) -> None:
+    """A click at its own time, and a day that prunes what it has published."""
+    write_served(tmp_path, ranked("a", 3, [10]))
+    click = {"user_id": 3, "item_id": 10, "event_time": SHOWN + 900, "request_id": "a"}
+    log.append([Event.model_validate(click | {"actions": {"is_click": True}})])
+    wanted = ExposureConfig(places=3, wait_h=2.0, max_age_s=60.0)
+
+    clicked = {10: (SHOWN + 900, 3, 1, 2)}
+    for hours in (1, 3, 4):
+        clock.now_ms = SHOWN + hours * HOUR_MS
+        export(cfg, log, tmp_path)
+        settled_ms = settled_before(live_log_dir(cfg.run_dir), wanted, flush_s=60.0)
+        log.remove([event for event in log.of_user(3) if event.event_time < settled_ms])
+    assert log.of_user(3) == []
+    assert rows_of(cfg, 3) == clicked
+    (user,) = [row for row in built(cfg) if row["user_id"] == 3]
+    assert user["item_id"] == [10], "no second row, of a list that nobody clicked"
 
 
 def test_what_is_no_exposure_is_counted_and_breaks_nothing(

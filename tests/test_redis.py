@@ -107,6 +107,15 @@ def test_an_event_is_kept_once_with_all_it_says(server: Server, tmp_path: Path) 
     assert log_of(server, tmp_path, redis_prefix="another").of_user(1) == []
 
 
+def test_any_prefix_finds_its_own_users(server: Server, tmp_path: Path) -> None:
+    """Redis reads a prefix with brackets as a pattern of others."""
+    prefixes = ("shop[eu]", "shop?", "shop*", "a\\b", "shope")
+    logs = [log_of(server, tmp_path, redis_prefix=prefix) for prefix in prefixes]
+    for number, log in enumerate(logs):
+        log.append([event(number, 1)])
+    assert [list(log.users()) for log in logs] == [[0], [1], [2], [3], [4]]
+
+
 def test_forgotten_events_are_in_no_file(server: Server, tmp_path: Path) -> None:
     log = log_of(server, tmp_path)
     log.append([event(user, 987_654_000 + user, START + i) for user in (1, 2) for i in range(9)])

@@ -12,7 +12,7 @@ from pipeline.config import RunConfig, UserError
 from pipeline.sequences import store
 from pipeline.tracking import Decision, RowsAtHand, Tracker, fetch_model, registry
 from pipeline.version import package_version
-from tests.worlds.tiny import save_tiny_model
+from tests.worlds.tiny import publish_sequences, save_tiny_model
 
 pytestmark = pytest.mark.cluster
 
@@ -98,6 +98,31 @@ def test_the_gate_the_champion_and_back(cfg: RunConfig, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="no version 77"):
         Tracker(cfg).promote_version(77)
+
+
+def test_a_new_index_of_the_champion_passes_whatever_rows_are_there_by_now(
+    cfg: RunConfig, tmp_path: Path
+) -> None:
+    """The day after an append: other sequences, and the validation of before."""
+    first = new_version(cfg, tmp_path, 0.9)
+    tracker = Tracker(cfg)
+    assert tracker.promote_version(first).promoted
+    folder, _ = tracker.download_champion()
+
+    later = replace(cfg, name="later", runs_dir=str(tmp_path / "runs"))
+    publish_sequences(later, seed=1)
+    manifest = store.read_manifest(later.sequence_dir)
+    with Tracker(later).start_run(later, manifest) as run:
+        blind = Tracker(later).register_model(run, folder)
+        version = Tracker(later).register_model(run, folder, same_as=first)
+    assert "other rows" in tracker.promote_version(blind).reason
+
+    decision = tracker.promote_version(version)
+    assert decision.promoted, decision.reason
+    client = mlflow.MlflowClient()
+    was, now = (client.get_model_version(cfg.model_name, str(one)).tags for one in (first, version))
+    for tag in ("manifest", "val/ne/is_like", "val/baseline_ne/is_click", "trained_as"):
+        assert now[tag] == was[tag], "the next challenger is held against these"
 
 
 def test_the_champion_comes_down_checked_and_by_number(cfg: RunConfig, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import asyncio
 import os
 import stat
+import threading
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +67,34 @@ def test_without_mlflow_the_champion_of_the_last_time_is_served(tmp_path: Path) 
     deployment._remember_champion(cfg.runs_dir, model)
     with ExitStack() as stack:
         assert find_champion(cfg, stack) == (model, "does not answer")
+
+
+class WithoutDatabase(BaseHTTPRequestHandler):
+    """An MLflow server that lives, and has lost what is behind it."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 500)
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_an_mlflow_that_has_lost_its_database_stops_no_start_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with HTTPServer(("127.0.0.1", 0), WithoutDatabase) as broken:
+        threading.Thread(target=broken.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{broken.server_port}"
+        cfg = tiny_config(tmp_path / "runs", tracking={"uri": uri})
+        model = PinnedModel(uri, cfg.model_name, 3, {"config.json": "0" * 64})
+        deployment._remember_champion(cfg.runs_dir, model)
+        with ExitStack() as stack:
+            assert find_champion(cfg, stack) == (model, "does not answer")
+        broken.shutdown()
 
 
 def test_the_job_ends_with_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

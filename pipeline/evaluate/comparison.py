@@ -119,6 +119,10 @@ def read_scores(runs: Mapping[str, Path], split: str) -> ScoredRows:
     if not tasks:
         raise UserError(f"runs {list(runs)} have no task in common")
 
+    labels = _task_columns(first, "label", tasks)
+    for name, table in others:
+        _refuse_other_labels(tasks, labels, table, f"runs {base!r} and {name!r}")
+
     logits = {name: _task_columns(table, "logit", tasks) for name, table in tables.items()}
     return ScoredRows(
         tasks=tuple(tasks),
@@ -126,13 +130,30 @@ def read_scores(runs: Mapping[str, Path], split: str) -> ScoredRows:
         item_id=first["item_id"].to_numpy(),
         history_rows=first["history_rows"].to_numpy(),
         user_is_new=first["user_is_new"].to_numpy(zero_copy_only=False),
-        labels=_task_columns(first, "label", tasks),
+        labels=labels,
         logits=logits,
     )
 
 
 def _have_equal_keys(one: pa.Table, other: pa.Table) -> bool:
     return all(np.array_equal(one[key].to_numpy(), other[key].to_numpy()) for key in KEYS)
+
+
+def _refuse_other_labels(
+    tasks: Sequence[str], labels: np.ndarray, table: pa.Table, who: str
+) -> None:
+    """Raises UserError where the same rows have other labels in the table: outcomes that came late,
+    an action that is read otherwise.
+    """
+    theirs = _task_columns(table, "label", tasks)
+    for number, task in enumerate(tasks):
+        ours = labels[:, number]
+        same = (ours == theirs[:, number]) | (np.isnan(ours) & np.isnan(theirs[:, number]))
+        if not same.all():
+            raise UserError(
+                f"{who} were evaluated on other labels of {task} ({(~same).sum():,} of "
+                f"{len(same):,} rows): evaluate both on the same sequences"
+            )
 
 
 def _common_tasks(tables: Iterable[pa.Table]) -> list[str]:

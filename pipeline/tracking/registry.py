@@ -47,6 +47,7 @@ if typing.TYPE_CHECKING:
 CHAMPION = "champion"
 SHA256_PREFIX = "sha256."  # of tags
 SOFTWARE = "software_version"  # of this project, that registered the version
+VALIDATED_BY = "validated_by"  # tag: the version that stands for one that was trained with refit
 TRAINED_AS = "trained_as"  # tag: the name of the run that trained it
 # what --validated-by must have in common ...
 FROZEN = ("tasks", "source", "features", "model", "train", "split")
@@ -93,11 +94,15 @@ class RowsAtHand:
     score: Callable[[Path], Mapping[str, float]]  # model folder -> NE by task
 
 
-def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
+def register_model(cfg: RunConfig, run: Run, model_dir: Path, *, same_as: int | None = None) -> int:
     """Make the evaluated model in `model_dir` a new version; returns its number.
 
     Its metrics.json goes into the run as well. The index of its items is built now, and is part of
     the version.
+
+    Args:
+        same_as: a version of the very model, which was validated on other rows perhaps than the
+            run has read: what the gate reads of that one holds for the new one too.
 
     Raises:
         UserError: the model has not been evaluated, or its items cannot be indexed.
@@ -121,6 +126,8 @@ def register_model(cfg: RunConfig, run: Run, model_dir: Path) -> int:
             "manifest": made_by.data.tags["manifest"],
             TRAINED_AS: cfg.name,
         }
+        if same_as is not None:
+            tags |= _validation_tags(_version(client, name, same_as))
 
         # into the run, as MLflow's "logged model"
         model = client.create_logged_model(made_by.info.experiment_id, cfg.name, run.run_id)
@@ -159,6 +166,16 @@ def _version_tags(folder: Path, metrics: Mapping[str, float]) -> dict[str, str]:
         if key.startswith((NE_PREFIX, BASELINE_PREFIX)):
             tags[key] = repr(value)
     return tags
+
+
+def _validation_tags(version: "ModelVersion") -> dict[str, str]:
+    """Who trained the version, and what its validation showed on which rows."""
+    named = (*ROWS, REFIT, VALIDATED_BY, TRAINED_AS)
+    found = {}
+    for key, value in version.tags.items():
+        if key in named or key.startswith((NE_PREFIX, BASELINE_PREFIX)):
+            found[key] = value
+    return found
 
 
 def _last_step(folder: Path) -> int:
@@ -340,7 +357,7 @@ def _validated(
     for prefix, by_task in figures.items():
         for task, value in by_task.items():
             client.set_model_version_tag(name, number, f"{prefix}{task}", repr(value))
-    client.set_model_version_tag(name, number, "validated_by", other.version)
+    client.set_model_version_tag(name, number, VALIDATED_BY, other.version)
     return client.get_model_version(name, number)
 
 

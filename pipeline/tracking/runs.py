@@ -137,7 +137,7 @@ class Run:
             logger.warning("run %s is marked as ended by the next job: %s", self.run_id, error)
             return
         if self.end_note is not None:
-            Path(self.end_note).unlink()
+            Path(self.end_note).unlink(missing_ok=True)  # another job may have told it, too
 
 
 def tell_ends(runs_dir: Path) -> None:

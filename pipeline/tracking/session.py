@@ -129,9 +129,11 @@ class Tracker:
             "uploaded_reports": forgetting.remove_reports(uri, cfg.tracking.experiment, cfg.name),
         }
 
-    def register_model(self, run: Run, model_dir: Path) -> int:
-        """Make the evaluated model in `model_dir` a new version; returns its number."""
-        return registry.register_model(self.cfg, run, model_dir)
+    def register_model(self, run: Run, model_dir: Path, *, same_as: int | None = None) -> int:
+        """Make the evaluated model in `model_dir` a new version; returns its number. `same_as` is a
+        version of the very model, whose validation holds for the new one.
+        """
+        return registry.register_model(self.cfg, run, model_dir, same_as=same_as)
 
     def register_trained(self) -> int:
         """Version of the model that this configuration trained, registered unless it is already."""

@@ -111,6 +111,19 @@ def write_mark(folder: Path, final_until_ms: int) -> None:
     write_atomically(folder / MARK, json.dumps({"final_until_ms": final_until_ms}))
 
 
+def settled_before(folder: Path, cfg: ExposureConfig, flush_s: float) -> float:
+    """The time (ms) of the earliest event that an exposure may still ask for.
+
+    An exposure finds its event by the request, and takes its time. Were the event pruned before the
+    exposure is final, there would be one at the request's time, of which nothing came.
+
+        request, answer      12:00     an hour may lie between them: max_age_s
+        in a file            12:01     flush_s later
+        final                12:01 of the next day, with wait_h 24
+    """
+    return read_mark(folder) - 1000 * (cfg.max_age_s + flush_s)
+
+
 class Exposures:
     """The exposures of a served log that are not exported yet.
 

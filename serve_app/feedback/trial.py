@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.config import ServeConfig, UserError
-from pipeline.files import write_atomically
+from pipeline.files import json_text, write_atomically
 from pipeline.tracking import Decision, RowsAtHand, Tracker
 from serve_app.deployment import served_folder
 from serve_app.feedback.served_log import read_served
@@ -40,7 +40,7 @@ def judge_canary(
         raise UserError(f"{folder} has no answers of the canary {version} beside the champion's")
 
     report = run_dir / "report"
-    write_atomically(report / "verdict.json", json.dumps(verdict.as_figures()))
+    write_atomically(report / "verdict.json", json_text(verdict.as_figures()))
     write_atomically(report / "verdict.html", render_page(verdict))
     return verdict
 
@@ -54,7 +54,8 @@ def posted_events(log: EventLog) -> Iterator[Event]:
 def log_verdict(tracker: Tracker, verdict: Verdict) -> None:
     """Keep its figures in MLflow."""
     name = f"verdict-{verdict.versions[CANARY]}"
-    tracker.import_result(name, json.loads(json.dumps(verdict.as_figures())))
+    # of few users an interval has no ends, which JSON has no number for
+    tracker.import_result(name, json.loads(json_text(verdict.as_figures())))
 
 
 def promote_canary(tracker: Tracker, verdict: Verdict, task: str, rows: RowsAtHand) -> Decision:

@@ -9,10 +9,13 @@ something was added since is exported again, and the build merges its rows
 (pipeline/sequences/repeats.py).
 """
 
+import fcntl
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -65,13 +68,36 @@ def export_events(
     which the next build reads; of `served` answers the exposures too.
 
     With `sequences.repeats: first` the build keeps one row of an event, so an event that was
-    exported once is not exported again.
+    exported once is not exported again. One export of a run goes on at a time.
     """
+    folder = live_log_dir(run_dir)
+    with _only_export(folder):
+        return _export(source, sequences, run_dir, folder, log, served)
+
+
+@contextmanager
+def _only_export(folder: Path) -> Iterator[None]:
+    """Wait for another job's export: of two at once one would give its file the other's name, and
+    note as read what only the other has written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".export.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _export(
+    source: SourceConfig,
+    sequences: SequenceConfig,
+    run_dir: Path,
+    folder: Path,
+    log: EventLog,
+    served: ServedAnswers | None,
+) -> Export:
     columns = replace(source.events, text_ids=_text_ids(run_dir))
     schema = log_form(columns)
     compared = schema.names if sequences.repeats == "merge" else list(LOG_REQUIRED)
     rules = PostingRules.of(sequences, columns)
-    folder = live_log_dir(run_dir)
     sweep_staged(folder, LIVE_FILES, min_age_s=STALE_S)
     exported = _exported_digests(folder, compared)
 
@@ -183,18 +209,31 @@ def _next_file(folder: Path) -> Path:
     return folder / f"events-{max(numbers, default=-1) + 1:05}.parquet"
 
 
-def prune_events(sequence_dir: Path, sequences: SequenceConfig, log: EventLog) -> int:
+def prune_events(
+    sequence_dir: Path,
+    sequences: SequenceConfig,
+    log: EventLog,
+    settled_ms: float = math.inf,
+) -> int:
     """Remove the events of which the published sequences hold all that is known; returns how many.
 
-    Only once the server has read those.
+    Only once the server has read those. Events at `settled_ms` or later stay: the exposures that
+    they came of are still to be exported (`exposures.settled_before`).
     """
     manifest = store.read_manifest(sequence_dir)
+    posted = np.array(list(log.users()), np.int64)
     removed = 0
     for index in range(len(manifest.buckets)):
         table = store.read_bucket(sequence_dir, manifest, index)
-        for row in table.to_batches(max_chunksize=1):
+        # of millions who are published few have posted something
+        theirs = pa.array(np.isin(table["user_id"].to_numpy(), posted))
+        for row in table.filter(theirs).to_batches(max_chunksize=1):
             events = log.of_user(row["user_id"][0].as_py())
-            held = [e for e in events if _is_held(row, e, manifest.events, sequences)]
+            held: list[Event] = []
+            for event in events:
+                is_settled = event.event_time < settled_ms
+                if is_settled and _is_held(row, event, manifest.events, sequences):
+                    held.append(event)
             removed += log.remove(held)
     return removed
 

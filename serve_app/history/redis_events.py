@@ -7,6 +7,7 @@ What is added to an event later goes in by WATCH: from the value that was read, 
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,7 +154,8 @@ class RedisEvents:
         """All who have events, each once."""
         seen: set[int] = set()  # a scan may name a key twice
         with _store_errors():
-            for key in self._client.scan_iter(match=f"{self.prefix}:events:*", count=SCAN):
+            mine = f"{_as_pattern(self.prefix)}:events:*"
+            for key in self._client.scan_iter(match=mine, count=SCAN):
                 user = int(key.rpartition(":")[2])
                 if user not in seen:
                     seen.add(user)
@@ -222,6 +224,11 @@ def _read(password_file: Path) -> str:
         return password_file.read_text().strip()
     except OSError as error:
         raise UserError(f"serve.redis_password_file: {password_file}: {error.strerror}") from None
+
+
+def _as_pattern(text: str) -> str:
+    """The pattern of Redis that the text alone matches: of `shop[eu]` it would read a set."""
+    return re.sub(r"([\\*?\[\]^-])", r"\\\1", text)
 
 
 def _field(event: Event) -> str:
