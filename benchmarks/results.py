@@ -122,7 +122,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "scaling studies": lambda: study_report.section(study_report.read_studies()),
     "retrieval": retrieval_report.measured_section,
     "feeding": lambda: feeding.section(*runs_read("feeding")),
-    "cpu_step": lambda: cpu_step.section(*runs_read("cpu_step")),
+    "cpu_step": lambda: cpu_step.section(cpu_step.read_runs()),
     "reading": lambda: reading.section(*runs_read("reading")),
     "build": lambda: at_size_report.section(*runs_read("build")),
     "sharding": lambda: sharding.section(

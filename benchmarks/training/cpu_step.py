@@ -1,11 +1,14 @@
 """A training step of the demo on a CPU, of this checkout and of others, in turns.
 
     make demo                                       # once: its sequences are read
-    python -m benchmarks.training.cpu_step --beside ../before   # writes its section of
-    benchmarks/RESULTS.md
+    python -m benchmarks.training.cpu_step --beside ../before      → runs/cpu_step.json
+    python -m benchmarks.training.cpu_step --workers 1 2 4 --loaders threads process \
+        --out benchmarks/runs/cpu_step_cores.json   # where each worker and loader has a core
+    python -m benchmarks.training.cpu_step --report                → its section of RESULTS.md
 
-The loop is `loop.train` with its own loader and, for two workers, gloo on this machine; Ray is not
-part of it. A turn is a process of its own for each checkout and number of workers, one thread each.
+The loop is `loop.train` with its own loader and, for several workers, gloo on this machine; Ray is
+not part of it. A turn is a process of its own for each checkout, number of workers and form of the
+loader, one thread each.
 The clock is the mean of a turn's steps after the first ones; processor time is a worker's own, all
 threads of it, and tells more than the clock where the machine has other work.
 """
@@ -19,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.machine import cpu_name
-from benchmarks.report import RUNS, table, write_run, write_section
+from benchmarks.report import RUNS, read_run, table, write_run, write_section
 from pipeline import config
 from pipeline.batches.features import FeatureMaps, fit_features
 from pipeline.batches.loader import TrainLoader
@@ -37,7 +42,8 @@ from pipeline.figures import Figures
 from pipeline.train import loop
 
 PRESET = "configs/demo.yaml"
-WORKERS = (1, 2)
+RUN, CORES_RUN = RUNS / "cpu_step.json", RUNS / "cpu_step_cores.json"
+LOADERS = ("threads", "process")  # of the worker, or one of the loader's own
 WARM_STEPS = 20  # before the first counted one
 
 
@@ -87,9 +93,11 @@ def train_rank(
         dist.destroy_process_group()
 
 
-def run_turn(workers: int, steps: int, runs_dir: str) -> dict[str, float]:
+def run_turn(workers: int, loader: str, steps: int, runs_dir: str) -> dict[str, float]:
     """The times of a step with so many workers, of the slowest one."""
     overrides = [f"runs_dir={runs_dir}", f"train.num_workers={workers}"]
+    if loader == "process":
+        overrides.append("train.loader_process=true")
     cfg = config.load(PRESET, overrides)
     maps, plan = fit_features(cfg), step_plan(cfg)
     with tempfile.TemporaryDirectory() as folder:
@@ -102,12 +110,14 @@ def run_turn(workers: int, steps: int, runs_dir: str) -> dict[str, float]:
     return {name: max(each[name] for each in found) for name in ("clock", "processor")}
 
 
-def ask_checkout(checkout: Path, workers: int, steps: int, runs_dir: str) -> dict[str, float]:
+def ask_checkout(
+    checkout: Path, workers: int, loader: str, steps: int, runs_dir: str
+) -> dict[str, float]:
     """A turn of another process, with the code of `checkout`."""
-    command = [sys.executable, __file__, "--turn", str(workers), "--steps", str(steps)]
+    command = [sys.executable, __file__, "--turn", str(workers), "--loaders", loader]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--runs-dir", runs_dir],
+        [*command, "--steps", str(steps), "--runs-dir", runs_dir],
         cwd=checkout,
         env=environment,
         stdout=subprocess.PIPE,
@@ -117,16 +127,19 @@ def ask_checkout(checkout: Path, workers: int, steps: int, runs_dir: str) -> dic
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def take_turns(checkouts: dict[str, Path], rounds: int, steps: int, runs_dir: str) -> Figures:
-    """Every checkout and number of workers once a round."""
-    found: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for number in range(rounds):
-        for workers in WORKERS:
+def take_turns(checkouts: dict[str, Path], options: argparse.Namespace, run: Figures) -> None:
+    """Every checkout, form of the loader and number of workers once a round; `run` is written after
+    each turn.
+    """
+    found: dict[str, dict[str, list[dict[str, float]]]] = run["turns"]
+    for number in range(options.rounds):
+        for workers, loader in product(options.workers, options.loaders):
+            case = str(workers) if loader == "threads" else f"{workers}, loader a process"
             for name, checkout in checkouts.items():
-                turn = ask_checkout(checkout, workers, steps, runs_dir)
-                found.setdefault(name, {}).setdefault(str(workers), []).append(turn)
-                print(f"round {number + 1}: {name}, {workers} workers: {turn}", flush=True)
-    return found
+                turn = ask_checkout(checkout, workers, loader, options.steps, options.runs_dir)
+                found.setdefault(name, {}).setdefault(case, []).append(turn)
+                print(f"round {number + 1}: {name}, workers {case}: {turn}", flush=True)
+                write_run(options.out, run | {"rounds": number + 1})
 
 
 def commit_of(checkout: Path) -> str:
@@ -134,64 +147,104 @@ def commit_of(checkout: Path) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
-def section(run: Figures) -> str:
-    """The section of RESULTS.md from a run."""
+def read_runs() -> list[Figures]:
+    """What was measured on two cores, and on more where there were some."""
+    return [read_run(path) for path in (RUN, CORES_RUN) if path.exists()]
+
+
+def section(runs: Sequence[Figures]) -> str:
+    """The section of RESULTS.md from one run or more."""
+    text = f"""## A training step on a CPU
+
+The demo's steps of 64 users, those after the first {WARM_STEPS}: medians, and in brackets the
+smallest and the largest turn. Each worker has one thread. The ratio is of one worker's step by the
+clock, its loader in the same form."""
+    return "\n\n".join([text, *map(run_text, runs)])
+
+
+def run_text(run: Figures) -> str:
+    """What one run measured."""
     machine, rows = run["environment"], []
-    for name, by_workers in run["turns"].items():
-        for workers, turns in by_workers.items():
-            cells = [name, workers]
+    for name, by_case in run["turns"].items():
+        alone_ms: dict[str, float] = {}  # by the form of the loader
+        for case, turns in by_case.items():
+            workers, _, loader = case.partition(", ")
+            cells = [name, case]
             for kind in ("clock", "processor"):
                 values = [turn[kind] for turn in turns]
                 spread = f"{min(values):.0f} to {max(values):.0f}"
                 cells.append(f"**{statistics.median(values):.1f}** ({spread})")
-            rows.append(cells)
 
-    header = ["code", "workers", "ms a step by the clock", "processor ms of a worker"]
-    return f"""## A training step on a CPU
+            clock_ms = statistics.median(turn["clock"] for turn in turns)
+            if workers == "1":
+                alone_ms[loader] = clock_ms
+            ratio = "–" if workers == "1" else f"{alone_ms[loader] / clock_ms:.2f}x"
+            rows.append([*cells, ratio])
 
-`{run["command"]}`: the demo's steps of 64 users, {run["steps"]} of them after the first
-{WARM_STEPS}, in {run["rounds"]} turns; medians, and in brackets the smallest and the largest turn.
-Each worker has one thread of an {machine["cpu"]} with {machine["cores"]} cores; load average before
-the run {machine["load"]:.1f}. PyTorch {machine["torch"]}.
+    header = ["code", "workers", "ms a step by the clock", "processor ms of a worker", "as fast"]
+    return f"""`{run["command"]}`: {run["steps"]} steps, {run["rounds"]} turns, on an
+{machine["cpu"]} with {machine["cores"]} cores; load average before the run {machine["load"]:.1f}.
+PyTorch {machine["torch"]}.
 
 {table(header, rows)}"""
 
 
 def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--beside", type=Path, action="append", default=[], metavar="CHECKOUT")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100, help="of a turn, the first ones counted")
-    parser.add_argument("--runs-dir", default="runs", help="where demo/sequences lies")
-    parser.add_argument("--turn", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--beside", type=Path, action="append", default=[], metavar="CHECKOUT")
+    add("--commit", help="this checkout's, where it is no clone")
+    add("--workers", type=int, nargs="+", default=[1, 2], metavar="N")
+    add("--loaders", nargs="+", choices=LOADERS, default=["threads"])
+    add("--rounds", type=int, default=5)
+    add("--steps", type=int, default=100, help="of a turn, the first ones counted")
+    add("--runs-dir", default="runs", help="where demo/sequences lies")
+    add("--out", type=Path, default=RUN)
+    add("--report", action="store_true", help="write RESULTS.md from runs/cpu_step*.json and end")
+    add("--turn", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.runs_dir = str(Path(options.runs_dir).resolve())
+    return options
 
 
 def main() -> None:
     options = read_options()
-    runs_dir = str(Path(options.runs_dir).resolve())
+    if options.report:
+        write_section("cpu_step", section(read_runs()))
+        return
     if options.turn is not None:
-        print(json.dumps(run_turn(options.turn, options.steps, runs_dir)))
+        (loader,) = options.loaders
+        print(json.dumps(run_turn(options.turn, loader, options.steps, options.runs_dir)))
         return
 
-    load = os.getloadavg()[0]
     here = Path(__file__).resolve().parents[2]
-    checkouts = {commit_of(path): path.resolve() for path in [*options.beside, here]}
+    checkouts = {commit_of(path): path.resolve() for path in options.beside}
+    checkouts[options.commit or commit_of(here)] = here
     run: dict[str, Any] = {
-        "command": "python -m benchmarks.training.cpu_step",
+        "command": _command(options),
         "steps": options.steps - WARM_STEPS,
-        "rounds": options.rounds,
-        "turns": take_turns(checkouts, options.rounds, options.steps, runs_dir),
+        "turns": {},
         "environment": {
             "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "load": load,
+            "cores": len(os.sched_getaffinity(0)),
+            "load": os.getloadavg()[0],
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     }
-    write_run(RUNS / "cpu_step.json", run)
-    write_section("cpu_step", section(run))
+    take_turns(checkouts, options, run)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command as a reader types it."""
+    command = "python -m benchmarks.training.cpu_step"
+    if options.workers != [1, 2]:
+        command += " --workers " + " ".join(map(str, options.workers))
+    if options.loaders != ["threads"]:
+        command += " --loaders " + " ".join(options.loaders)
+    return command
 
 
 if __name__ == "__main__":
