@@ -3,6 +3,7 @@ user's mistake, one message and exit code 1 for an outage, which is worth anothe
 """
 
 import argparse
+import gc
 import logging
 import signal
 import sys
@@ -93,6 +94,8 @@ def run(
             _print_plan(job.cfg, plan(job) if plan else {})
             return
         main(job)
+        # Python's end would look for cycles in all that was imported, for half a second
+        gc.freeze()
     except (config.UserError, config.Outage) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from pipeline.config import CheckConfig, RunConfig
 from pipeline.logs import ImportReport
 from pipeline.logs.cleaning import LogRules, normalise
 from pipeline.schema import EventColumns
-from pipeline.sequences.quality import report
+from pipeline.sequences.quality import charts, report
 from pipeline.sequences.quality.checks import run_checks
 from pipeline.sequences.quality.statistics import (
     Statistics,
@@ -205,3 +206,40 @@ def test_the_same_counts_give_the_same_page(cfg: RunConfig):
         cfg.run_dir, cfg.name, totals, RULES, None, [], report.InputFiles(), report.PeriodReport()
     ).read_text()
     assert first == again
+
+
+def drawn(svg: str, kind: str) -> list[dict[str, str]]:
+    return [dict(shape.attrib) for shape in ElementTree.fromstring(svg).iter(kind)]
+
+
+def test_ticks_are_round():
+    assert charts.Axis(0, 93, 0, 1).ticks() == [0, 20, 40, 60, 80]
+    assert charts.Axis(0, 1, 0, 1).ticks() == [0, 1]
+    assert charts.Axis(3, 700, 0, 1, is_log=True).ticks() == [10, 100]
+    assert charts.Axis(3, 70, 0, 1, is_log=True).ticks() == [5, 10, 20, 50]
+
+
+def test_bars_are_as_high_as_their_counts():
+    bars = drawn(charts.length_chart({"1": 30, "2": 60, "900": 15}), "rect")
+    heights = [float(bar["height"]) for bar in bars]
+    assert heights == [80, 160, 40]
+    assert all(float(bar["y"]) + float(bar["height"]) == 170 for bar in bars)
+
+
+def test_a_rate_that_is_not_known_interrupts_its_line():
+    days = ["2022-04-15", "2022-04-16", "2022-04-17", "2022-04-18"]
+    rates = {"<a>": np.array([0.1, np.nan, 0.2, 0.4]), "b": np.full(4, np.nan)}
+    svg = charts.day_chart(days, [5, 0, 10, 1], rates)
+    assert [bar["height"] for bar in drawn(svg, "rect")] == ["80.0", "0.0", "160.0", "16.0"]
+
+    (line,) = [path["d"] for path in drawn(svg, "path") if path.get("fill") == "none"]
+    assert re.findall("[ML]", line) == ["M", "M", "L"]
+    heights = [float(dot["cy"]) for dot in drawn(svg, "circle")]
+    # twice as often is as far up, wherever it begins
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
+
+
+def test_a_figure_without_one_rate():
+    svg = charts.day_chart(["2022-04-15"], [3], {"a": np.array([np.nan])})
+    assert "no action happened" in svg
+    assert drawn(svg, "circle") == []

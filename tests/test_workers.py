@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,9 +56,10 @@ def test_a_task_asks_for_what_it_needs_and_never_for_more_than_a_node_has() -> N
     assert workers.schedulable_memory(0, NODES) == 0
 
 
+@pytest.mark.parametrize("slow_avx512", [True, False])
 @pytest.mark.parametrize("private", [True, False])
-def test_labels_count_on_a_joined_cluster_alone(
-    monkeypatch: pytest.MonkeyPatch, private: bool
+def test_labels_count_on_a_joined_cluster_alone_and_this_processor_on_our_own(
+    monkeypatch: pytest.MonkeyPatch, private: bool, slow_avx512: bool
 ) -> None:
     @contextmanager
     def cluster(*_: Any, **__: Any) -> Iterator[None]:
@@ -66,10 +68,29 @@ def test_labels_count_on_a_joined_cluster_alone(
     asked = []
     monkeypatch.setattr(workers, "ray_cluster", cluster)
     monkeypatch.setattr(workers, "is_private", lambda _: private)
+    monkeypatch.setattr(workers, "sorts_better_without_avx512", lambda _: slow_avx512)
     monkeypatch.setattr(workers.ray, "nodes", lambda: NODES)
     monkeypatch.setattr(workers, "_run_tasks", lambda *args: asked.append(args[-1]) or [])
     with workers.workers(RayConfig(data_labels={"pool": "cpu_data"}), "runs") as run:
         run("reading", len, [Item(5)], 1e6)
 
     labels = {} if private else {"label_selector": {"pool": "cpu_data"}}
-    assert asked == [{"memory": workers.PROCESS_MEMORY + 1_000_000, **labels}]
+    variables = {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL"}
+    environment = {"runtime_env": {"env_vars": variables}} if private and slow_avx512 else {}
+    assert asked == [{"memory": workers.PROCESS_MEMORY + 1_000_000, **labels, **environment}]
+
+
+@pytest.mark.parametrize(
+    ("described", "is_slow"),
+    [
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f avx512dq\n", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 sha_ni\n", False),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512f avx512dq\n", False),
+    ],
+)
+def test_processors_that_sort_better_without_avx512(
+    tmp_path: Path, described: str, is_slow: bool
+) -> None:
+    (tmp_path / "cpuinfo").write_text(described)
+    assert workers.sorts_better_without_avx512(tmp_path / "cpuinfo") == is_slow
+    assert not workers.sorts_better_without_avx512(tmp_path / "missing")

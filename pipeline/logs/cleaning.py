@@ -314,14 +314,13 @@ def normalise(
     else:
         digest = row_digest(ids.rows)
 
-    reason, columns = _check_values(columns, unreadable, rules)
-    bad = np.flatnonzero(reason != "")
+    bad, reasons, columns = _check_values(columns, unreadable, rules)
 
     # bad rows as they came, for the quarantine
-    source_rows = np.full(block.num_rows, None, object)
+    source_rows: list[str] = []
     for some in np.array_split(bad, len(bad) // ROWS_AT_ONCE + 1):
         rows = block.take(pa.array(some)).to_pylist()
-        source_rows[some] = [json.dumps(row, default=str, sort_keys=True) for row in rows]
+        source_rows += [json.dumps(row, default=str, sort_keys=True) for row in rows]
 
     user = columns["user_id"]
     bucket = user_bucket(user.fill_null(0).to_numpy(), rules.num_buckets)
@@ -331,43 +330,56 @@ def normalise(
     columns |= {
         ROW_DIGEST: pa.array(digest),
         USER_BUCKET: pa.array(bucket),
-        REASON: pa.array(reason, pa.string(), mask=reason == ""),
-        SOURCE_ROW: pa.array(source_rows, pa.string()),
+        REASON: _texts_at(bad, reasons, block.num_rows),
+        SOURCE_ROW: _texts_at(bad, source_rows, block.num_rows),
         SOURCE_FILE: pa.array(np.full(block.num_rows, source_file)),
     }
     return pa.table([columns[name] for name in rules.schema.names], schema=rules.schema)
 
 
+def _texts_at(rows: np.ndarray, texts: Sequence[str], num_rows: int) -> pa.Array:
+    """string [num_rows]: the texts in these rows, null in all others."""
+    if len(rows) == 0:
+        return pa.nulls(num_rows, pa.string())
+    found = np.full(num_rows, None, object)
+    found[rows] = texts
+    return pa.array(found, pa.string())
+
+
 def _check_values(
     columns: dict[str, pa.Array], unreadable: Mapping[str, np.ndarray], rules: LogRules
-) -> tuple[np.ndarray, dict[str, pa.Array]]:
-    """The first rule that each row breaks ("" for none), and the columns in LOG's types."""
-    reason = np.full(len(columns["user_id"]), "", object)
+) -> tuple[np.ndarray, list[str], dict[str, pa.Array]]:
+    """The rows that break a rule, the first rule that each of them breaks, and the columns in LOG's
+    types.
+    """
+    reasons = ["none"]
+    code = np.zeros(len(columns["user_id"]), np.int16)  # of each row, an index into them
     broken_values: dict[str, np.ndarray] = {}
 
     def demand(name: str, broken: np.ndarray, why: str) -> None:
         if broken.any():
-            reason[broken & (reason == "")] = why
+            code[broken & (code == 0)] = len(reasons)
+            reasons.append(why)
             broken_values[name] = broken
 
     value = {name: _filled_with_0(column) for name, column in columns.items()}
     for name, broken in unreadable.items():
         demand(name, broken, f"{name}_unreadable")
     for name in LOG_REQUIRED:
-        demand(name, columns[name].is_null().to_numpy(zero_copy_only=False), f"null_{name}")
+        if columns[name].null_count:
+            demand(name, columns[name].is_null().to_numpy(zero_copy_only=False), f"null_{name}")
 
     ids = [column for column in LOG_KEYS if column.at_least is not None]
     for column in (*ids, *rules.events.outcomes):
         if column.is_float:
             demand(column.name, np.isinf(value[column.name]), f"{column.name}_infinite")
         if column.at_least is not None:
-            known = columns[column.name].is_valid().to_numpy(zero_copy_only=False)
-            too_small = known & (value[column.name] < column.at_least)
+            too_small = _where_known(columns[column.name], value[column.name] < column.at_least)
             demand(column.name, too_small, _below(column))
 
     time = value["event_time"]
-    timed = columns["event_time"].is_valid().to_numpy(zero_copy_only=False)
-    demand("event_time", timed & (time < rules.earliest_ms), "event_time_before_range")
+    too_early = _where_known(columns["event_time"], time < rules.earliest_ms)
+    demand("event_time", too_early, "event_time_before_range")
     demand("event_time", time > rules.latest_ms, "event_time_in_future")
 
     for name in rules.actions:
@@ -378,14 +390,25 @@ def _check_values(
         demand(name, (value[name] < 0) | (value[name] > top), f"{name}_out_of_range")
 
     types = {column.name: column.dtype for column in rules.events.log_columns}
-    return reason, {
+    typed = {
         name: _typed(column, value[name], broken_values.get(name), types[name])
         for name, column in columns.items()
     }
+    bad = np.flatnonzero(code)
+    return bad, [reasons[number] for number in code[bad]], typed
+
+
+def _where_known(column: pa.Array, found: np.ndarray) -> np.ndarray:
+    """bool [rows]: `found`, and the row has a value."""
+    if column.null_count == 0:
+        return found
+    return found & column.is_valid().to_numpy(zero_copy_only=False)
 
 
 def _filled_with_0(column: pa.Array) -> np.ndarray:
     """The column's values, 0 in the place of null."""
+    if column.null_count == 0:
+        return column.to_numpy(zero_copy_only=False)
     zero = pa.scalar(0).cast(column.type)
     return column.fill_null(zero).to_numpy(zero_copy_only=False)
 

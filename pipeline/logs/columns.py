@@ -92,6 +92,8 @@ def without_views(block: pa.Table) -> pa.Table:
 
 def flat_array(column: pa.ChunkedArray) -> pa.Array:
     """One array: `combine_chunks` gives a chunked one for some types and for none at all."""
+    if column.num_chunks == 1:
+        return column.chunk(0)  # which it would copy
     array = column.combine_chunks()
     return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
 

@@ -11,7 +11,7 @@ killed build goes on, and how new logs leave alone the buckets they have no row 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def write_bucket(work: BucketWork, rules: BucketRules, folder: Path) -> Record:
     statistics = count_bucket(built, rules.logs, rules.utc_offset_ms)
     periods = count_bucket_periods(kept, rules.period_edges, len(rules.logs.actions))
     record = Record(work.number, bucket, quarantine, statistics, periods)
-    store.write_json(folder / work.record, asdict(record))
+    store.write_json(folder / work.record, vars(record), indent=None)
     return record
 
 
@@ -138,7 +138,7 @@ def carry_record(folder: Path, before: BucketWork, now: BucketWork) -> None:
     """Write the bucket's record under its new key: its rows lie in other parts now."""
     record = find_record(folder, before.record)
     assert record is not None, f"{folder / before.record} is gone, or a file of it"
-    store.write_json(folder / now.record, asdict(record))
+    store.write_json(folder / now.record, vars(record), indent=None)
 
 
 def find_record(folder: Path, file: str) -> Record | None:

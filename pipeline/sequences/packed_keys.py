@@ -33,7 +33,12 @@ def sort_key(rows: pa.Table, name: str) -> np.ndarray:
 
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
-    last = np.iinfo(column.type.to_pandas_dtype()).max
+    dtype = np.dtype(column.type.to_pandas_dtype())
+    last = np.iinfo(dtype).max
+    if column.null_count == 0:
+        return column.to_numpy()
+    if column.null_count == len(column):
+        return np.full(len(column), last, dtype)
     return column.fill_null(last).to_numpy()
 
 
@@ -42,7 +47,29 @@ def argsort_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
 
     Rows equal in all of them come in any order.
     """
-    return np.argsort(pack_rows(columns))
+    key, bits = _pack_rows(columns)
+    return _argsort_narrow(key, bits)
+
+
+def _argsort_narrow(values: np.ndarray, bits: int) -> np.ndarray:
+    """The rows by one column, int64 from 0 on, of so many bits; equal rows come in any order.
+
+    Where they leave room, the number of the row takes the bits below them, since NumPy's vectorised
+    sort takes a third of the time of its argsort.
+
+        row         0        1        2
+        value       101      001      110
+        packed      101|00   001|01   110|10
+        rows        1 0 2
+    """
+    row_bits = (len(values) - 1).bit_length()
+    if len(values) == 0 or bits + row_bits > KEY_BITS:
+        return np.argsort(values)
+
+    packed = values << row_bits
+    packed |= np.arange(len(values))
+    packed.sort()
+    return packed & ((1 << row_bits) - 1)
 
 
 def argsort_hashes(values: np.ndarray) -> np.ndarray:
@@ -82,7 +109,8 @@ def rank_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
         columns  (2, 5)  (1, 9)  (2, 5)  (2, 7)
         rank     1       0       1       2
     """
-    return _rank_values(pack_rows(columns))
+    key, bits = _pack_rows(columns)
+    return _rank_ordered(key, _argsort_narrow(key, bits))
 
 
 def narrow_key(column: np.ndarray) -> np.ndarray:
@@ -105,9 +133,15 @@ def pack_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
                   7  7  6                               1 1 0      1 bit
         key                 first << 1 | second         1 3 6
     """
+    key, _ = _pack_rows(columns)
+    return key
+
+
+def _pack_rows(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
+    """The key of `pack_rows`, and the bits that it needs."""
     key, bits = np.zeros(len(columns[0]), np.int64), 0
     if len(key) == 0:
-        return key
+        return key, bits
 
     for column in columns:
         digit, width = _as_digit(column)
@@ -119,7 +153,7 @@ def pack_rows(columns: Sequence[np.ndarray]) -> np.ndarray:
                 key, bits = _as_rank(key)
         key = key << width | digit if bits else digit
         bits += width
-    return key
+    return key, bits
 
 
 def _as_digit(column: np.ndarray) -> tuple[np.ndarray, int]:
@@ -143,6 +177,11 @@ def _rank_values(values: np.ndarray) -> np.ndarray:
         order = argsort_hashes(values)
     else:
         order = np.argsort(values)
+    return _rank_ordered(values, order)
+
+
+def _rank_ordered(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The rank of each value, where `order` are the rows in ascending order."""
     values = values[order]
     ranks = np.empty(len(order), np.int64)
     ranks[order] = np.cumsum(np.r_[False, values[1:] != values[:-1]])

@@ -225,7 +225,12 @@ def _by_bucket(rows: pa.Table, num_buckets: int) -> tuple[pa.RecordBatch, np.nda
     begin = np.r_[0, np.cumsum(sizes)]
 
     (batch,) = rows.drop_columns([USER_BUCKET]).combine_chunks().to_batches()
-    return batch.take(pa.array(order)), begin
+    in_order = pa.array(order)
+    columns = []
+    for column in batch.columns:
+        is_empty = column.null_count == len(column)  # most of the optional ones are
+        columns.append(column if is_empty else column.take(in_order))
+    return pa.record_batch(columns, schema=batch.schema), begin
 
 
 def _write_run(run: Sequence[tuple[pa.RecordBatch, np.ndarray]], writer: "PartWriter") -> None:

@@ -239,13 +239,16 @@ def remove_unnamed(folder: Path, kept: Iterable[Manifest], parts: Collection[str
             path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: object) -> None:
-    """In one step, and durable before it is seen."""
+def write_json(path: Path, content: object, indent: int | None = 1) -> None:
+    """In one step, and durable before it is seen; dataclasses inside are written as their fields.
+
+    Without an indent Python's encoder of C writes it, in a twentieth of the time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(staged, "w") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
+            file.write(json.dumps(content, indent=indent, sort_keys=True, default=vars))
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())

@@ -222,4 +222,9 @@ def _action_masks(good: pa.Table, rules: LogRules) -> tuple[np.ndarray, np.ndarr
 
 
 def _filled(rows: pa.Table, name: str, value: Any) -> np.ndarray:
-    return rows[name].fill_null(value).to_numpy()
+    column = rows[name]
+    if column.null_count == 0:
+        return column.to_numpy()
+    if column.null_count == len(column):
+        return np.full(len(column), value, np.dtype(column.type.to_pandas_dtype()))
+    return column.fill_null(value).to_numpy()

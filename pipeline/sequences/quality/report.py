@@ -5,7 +5,6 @@ JSON for machines, and one HTML page that needs no other file.
 """
 
 import html
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from pipeline.files import write_atomically
 from pipeline.logs.cleaning import LogRules
 from pipeline.logs.imported import ImportReport
+from pipeline.sequences.quality.charts import day_chart, length_chart
 from pipeline.sequences.quality.checks import Check
 from pipeline.sequences.quality.statistics import Statistics, length_quantiles, log_hints
 
@@ -126,8 +124,8 @@ def _page(content: dict[str, Any], rules: LogRules) -> str:
 <h2>Quarantined rows by reason</h2>{_table(left_out or {"none": 0})}
 {_bad_files(content["quarantined_files"])}
 <h2>Periods of the split</h2>{_period_table(content["split"]["periods"])}
-<h2>Rows per user</h2>{_length_plot(content["lengths"])}
-<h2>Rows and action rates per day</h2>{_day_plot(content, rules.actions)}
+<h2>Rows per user</h2>{_length_chart(content["lengths"])}
+<h2>Rows and action rates per day</h2>{_day_chart(content, rules.actions)}
 <h2>Nulls per column</h2>{_table(_nulls(content))}
 <h2>Samples of quarantined rows</h2>{samples or "<p>none</p>"}
 </body></html>
@@ -251,51 +249,22 @@ def _table(rows: dict[str, Any]) -> str:
     return f"<table>{cells}</table>"
 
 
-def _length_plot(lengths: dict[str, int]) -> str:
-    if not lengths:
-        return "<p>no users</p>"
-
-    size, users = np.array(list(map(int, lengths))), np.array(list(lengths.values()))
-    edges = np.unique(np.geomspace(1, size.max() + 1, 33).round())
-
-    figure = Figure(figsize=(8, 2.8), layout="constrained")
-    axes = figure.subplots()
-    axes.hist(size, bins=edges.tolist(), weights=users)
-    axes.set(xscale="log", xlabel="rows", ylabel="users")
-    return _svg(figure)
+def _length_chart(lengths: dict[str, int]) -> str:
+    return length_chart(lengths) if lengths else "<p>no users</p>"
 
 
-def _day_plot(content: dict[str, Any], actions: Sequence[str]) -> str:
+def _day_chart(content: dict[str, Any], actions: Sequence[str]) -> str:
     days = list(content["day_rows"])
     if not days:
         return "<p>no rows with a real time</p>"
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    top, bottom = figure.subplots(2, sharex=True)
-    place = np.arange(len(days))
-
-    top.bar(place, list(content["day_rows"].values()))
-    top.set(ylabel="rows")
-
+    rates = {}
     for action in actions:
         known = np.array([content["day_known"].get(f"{day} {action}", 0) for day in days])
         positive = np.array([content["day_positive"].get(f"{day} {action}", 0) for day in days])
         some = (known > 0) & (positive > 0)
-        rate = np.divide(positive, known, out=np.full(len(days), np.nan), where=some)
-        bottom.plot(place, rate, marker="o", markersize=3, label=action)
-    bottom.set(ylabel="share of known rows", yscale="log")
-
-    step = max(1, len(days) // 12)
-    bottom.set_xticks(place[::step], days[::step], rotation=45)
-    bottom.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    return _svg(figure)
-
-
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    with rc_context({"svg.hashsalt": "report"}):  # the same page from the same counts
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+        rates[action] = np.divide(positive, known, out=np.full(len(days), np.nan), where=some)
+    return day_chart(days, list(content["day_rows"].values()), rates)
 
 
 def _moment(event_time: int | None) -> str:

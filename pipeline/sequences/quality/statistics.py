@@ -259,6 +259,8 @@ def _counts(values: np.ndarray) -> dict[str, int]:
 
 def _counts_by_file(quarantine: pa.Table) -> dict[str, int]:
     """Rows by "source_file reason"."""
+    if quarantine.num_rows == 0:
+        return {}
     counted = quarantine.group_by([SOURCE_FILE, REASON]).aggregate([([], "count_all")])
     found = {}
     for row in counted.sort_by([(SOURCE_FILE, "ascending"), (REASON, "ascending")]).to_pylist():
