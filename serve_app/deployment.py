@@ -353,6 +353,7 @@ def send_update(settings: ServeConfig, dashboard_url: str, wanted: dict[str, Any
     client = ServeSubmissionClient(dashboard)
     details = client.get_serve_details()
     port = _running_port(details)
+    is_new = port is None
     if port is None:
         port = settings.port or free_port()
         require_free_port(settings.host, port)
@@ -361,7 +362,24 @@ def send_update(settings: ServeConfig, dashboard_url: str, wanted: dict[str, Any
     _send(client, beside_others(filled, details))
     url = f"http://{settings.host}:{port}"
     _wait(client, url, wanted["deployment"], settings.start_timeout_s)
+    _tell_outage(url, settings.redis_url, is_new=is_new)
     return url
+
+
+def _tell_outage(url: str, redis_url: str | None, *, is_new: bool) -> None:
+    """Say that the event store does not answer.
+
+    Raises:
+        Outage: of a new server, whose address for it may be wrong.
+    """
+    info = _ready(url)
+    if info is None or info["live_events"]:
+        return
+    where = "of the run" if redis_url is None else f"{redis_url} (serve.redis_url)"
+    told = f"the server ranks without events: the event store {where} does not answer"
+    if is_new:
+        raise Outage(told)
+    logger.warning(told)
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,17 @@ import pytest
 
 from pipeline.cluster import free_port
 from pipeline.config import ConfigError, UserError
+from pipeline.files import folder_digests
+from pipeline.tracking import PinnedModel
+from serve_app import deployment
+from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory
 from serve_app.history.published import PublishedSequences, histories
 from serve_app.history.sqlite_events import SqliteEvents
-from serve_app.ranking.rollout import open_events
-from serve_app.schemas import Event, StoreDown
-from tests.worlds.tiny import publish_sequences, tiny_config
+from serve_app.metrics import ReplicaMetrics
+from serve_app.ranking.rollout import load_rollout, open_events
+from serve_app.schemas import Event, EventsRequest, EventsResponse, RankRequest, StoreDown
+from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
 
 redis = pytest.importorskip("redis", reason="the extra [redis] is not installed")
 SERVER = shutil.which("redis-server")
@@ -226,6 +232,47 @@ def test_the_password_comes_from_a_file(tmp_path: Path) -> None:
         ) == ["accepted"]
     finally:
         server.kill()
+
+
+def test_a_replica_that_starts_in_an_outage_ranks_and_takes_events_after_it(
+    server: Server, tmp_path: Path
+) -> None:
+    """As one does that was there before; a wrong password is no outage."""
+    cfg = tiny_config(tmp_path / "runs", serve={"redis_url": server.url})
+    publish_sequences(cfg)
+    folder = save_tiny_model(cfg, tmp_path / "model")
+    version = PinnedModel("", "tiny", 1, folder_digests(folder))
+    shutil.copytree(folder, deployment.cache_folder(cfg.runs_dir) / version.folder_name)
+    wanted = deployment.user_config(cfg.folders, cfg.serve, version)
+    server.kill()
+
+    rollout = load_rollout(wanted, ReplicaMetrics())
+    assert not rollout.model_info().live_events
+    asked = RankRequest.model_validate({"user_id": 3, "candidates": [{"item_id": 1}]})
+    (answer,) = rollout.rank([RankColumns.of(asked)])
+    assert isinstance(answer, RankedColumns)
+    assert not answer.live_events
+    sent = EventsRequest(events=[event(3, 1)])
+    with pytest.raises(StoreDown):
+        rollout.append_events([sent])
+
+    # with the address of nobody an update is refused
+    nobody = replace(cfg.serve, redis_url=f"redis://127.0.0.1:{free_port()}")
+    update = deployment.user_config(cfg.folders, nobody, version)
+    with pytest.raises(UserError, match="no usable Redis"):
+        load_rollout(update, ReplicaMetrics(), rollout)
+
+    # it comes back, first as one that would lose them
+    durable, server.command = server.command, server.command[: -len(DURABLE)]
+    server.start()
+    with pytest.raises(StoreDown, match="appendonly"):
+        rollout.append_events([sent])
+    server.kill()
+    server.command = durable
+    server.start()
+    (kept,) = rollout.append_events([sent])
+    assert isinstance(kept, EventsResponse)
+    assert kept.status == ["accepted"]
 
 
 def test_nothing_answers(tmp_path: Path) -> None:

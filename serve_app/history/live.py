@@ -37,6 +37,8 @@ class EventLog(Protocol):
     All methods raise `StoreDown`.
     """
 
+    is_checked: bool  # False: it did not answer at the start, so nobody knows what it is
+
     def append(self, events: Sequence[Event]) -> list[EventStatus]:
         """Durable when it returns, all or none; postings of one event merge by `merge_postings`."""
         ...

@@ -41,13 +41,23 @@ SCAN = 1000  # keys of one step of `users`
 class RedisEvents:
     """An `EventLog` in a Redis server (6.2 or later) that writes before it answers.
 
+    With `may_be_down` a server that does not answer yet is looked at before the first event.
+
     Raises:
         UserError: nothing answers at `url`, or the server's settings would lose what was
         acknowledged.
     """
 
-    def __init__(self, url: str, prefix: str, password_file: Path | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        prefix: str,
+        password_file: Path | None = None,
+        *,
+        may_be_down: bool = False,
+    ) -> None:
         self.prefix = prefix
+        self.is_checked = False  # it keeps what it acknowledges
         password = None if password_file is None else _read(password_file)
         retry = redis.retry.Retry(redis.backoff.ExponentialBackoff(cap=0.5, base=0.05), TRIES)
         try:
@@ -62,12 +72,18 @@ class RedisEvents:
                 password=password,
             )
             _check_settings(self._client)
+            self.is_checked = True
         except (redis.RedisError, ValueError) as error:
-            raise UserError(f"serve.redis_url: no usable Redis at {url}: {error}") from None
+            is_silent = isinstance(error, redis.ConnectionError | redis.TimeoutError)
+            says_no = isinstance(error, redis.AuthenticationError)
+            if not may_be_down or says_no or not is_silent:
+                raise UserError(f"serve.redis_url: no usable Redis at {url}: {error}") from None
+            logger.error("serve.redis_url: Redis at %s does not answer yet: %s", url, error)
 
     def append(self, events: Sequence[Event]) -> list[EventStatus]:
         if not events:
             return []
+        self._check_late()
         rows = [(self._key(event.user_id), _field(event), _value(event)) for event in events]
         with _store_errors(), self._client.pipeline(transaction=True) as pipe:
             for key, field, value in rows:
@@ -85,6 +101,21 @@ class RedisEvents:
             else:
                 statuses.append(self._merge(event))
         return statuses
+
+    def _check_late(self) -> None:
+        """Look at the settings of a server that did not answer at the start.
+
+        Raises:
+            StoreDown: it does not answer now either, or would lose what was acknowledged.
+        """
+        if self.is_checked:
+            return
+        with _store_errors():
+            try:
+                _check_settings(self._client)
+            except ValueError as error:
+                raise StoreDown(f"serve.redis_url: {error}") from None
+        self.is_checked = True
 
     def _merge(self, event: Event) -> EventStatus:
         """Add what this posting of an event says to what is kept of it."""

@@ -59,6 +59,8 @@ class SqliteEvents:
     destroy the file. A file of an earlier version is migrated in place, its events stay.
     """
 
+    is_checked = True  # it was opened
+
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:

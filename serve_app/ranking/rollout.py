@@ -17,6 +17,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,11 +164,15 @@ class Rollout:
         if SHADOW not in self.rankers:
             return
 
-        try:
-            self._copies.put_nowait(None)
-        except queue.Full:  # one copy makes room for the end, which comes after all that wait
-            self._copies.get_nowait()
-            self._copies.put_nowait(None)
+        # one copy makes room for the end, which comes after all that wait; passes of the old
+        # versions may still add some
+        while True:
+            try:
+                self._copies.put_nowait(None)
+                return
+            except queue.Full:
+                with suppress(queue.Empty):
+                    self._copies.get_nowait()
 
     def _score_timed(self, role: str, jobs: Sequence["RankJob"]) -> list[RankedColumns]:
         """Score jobs that were not refused, and count what it took."""
@@ -441,7 +446,10 @@ def _find_shared(limits: ServeConfig, folder: Path, earlier: Rollout | None) -> 
     before = None if earlier is None else earlier.shared
     if before is not None and before.settings == settings:
         return before
-    return Shared(settings, open_events(limits, folder), CacheBudget.of_mb(limits.cache_mb))
+    # a replica that starts anew in an outage of the store ranks like those that were there before;
+    # new settings are an update, which is refused where they do not work
+    log = open_events(limits, folder, may_be_down=earlier is None)
+    return Shared(settings, log, CacheBudget.of_mb(limits.cache_mb))
 
 
 def _identity(model: dict[str, Any], user_config: dict[str, Any]) -> str:
@@ -471,6 +479,8 @@ def _load_ranker(
     )
 
     ranker = Ranker(loaded, history, model.version, model.name, limits, index, shared.budget)
+    if not shared.log.is_checked:
+        ranker.outage.begin(time.monotonic(), StoreDown("it did not at the start"))
     ranker.warm_up()
     logger.info("%s version %d ready: %s", model.name, model.version, _describe_passes(ranker))
     return ranker
@@ -491,8 +501,10 @@ def _describe_passes(ranker: Ranker) -> str:
     return f"{name}, {kernels} kernels, {formats}"
 
 
-def open_events(limits: ServeConfig, folder: Path) -> EventLog:
+def open_events(limits: ServeConfig, folder: Path, *, may_be_down: bool = False) -> EventLog:
     """The event log that the configuration names: Redis, or one file in `folder`.
+
+    With `may_be_down` a Redis that does not answer is no mistake: it is asked again later.
 
     Raises:
         UserError: Redis is named, but its package is not installed; or the file is no database.
@@ -517,4 +529,6 @@ def open_events(limits: ServeConfig, folder: Path) -> EventLog:
     password_file = None
     if limits.redis_password_file is not None:
         password_file = Path(limits.redis_password_file)
-    return RedisEvents(limits.redis_url, limits.redis_prefix, password_file)
+    return RedisEvents(
+        limits.redis_url, limits.redis_prefix, password_file, may_be_down=may_be_down
+    )
