@@ -35,20 +35,24 @@ def run_job(job: cli.Job) -> None:
     from pipeline.cluster import ray_cluster
     from pipeline.evaluate import ablation
     from pipeline.sequences import store
+    from pipeline.train import supervision
 
     cfg, split = job.cfg, job.options.split
     chosen = choose_variants(cfg, job.options.only)
     manifest = store.read_manifest(cfg.sequence_dir)
     found: dict[str, dict[str, float]] = {}
+    whole = replace(cfg, name=f"{cfg.name} ablation")
 
     with (
+        supervision.only_training(whole.runs_dir, whole.name),
         tracking.session(cfg) as tracker,
         ray_cluster(cfg.ray, runs_dir=cfg.runs_dir),
-        tracker.start_run(replace(cfg, name=f"{cfg.name} ablation"), manifest) as parent,
+        tracker.start_run(whole, manifest) as parent,
     ):
         for name, variant in chosen.items():
             logger.info("variant %s", name)
             with tracker.start_run(variant, manifest, parent) as run:
+                link_sequences(variant, cfg.sequence_dir)
                 found[name] = train_and_evaluate(variant, tracker, run, split)
 
         path = cfg.run_dir / "ablation" / "ablation.md"
@@ -81,8 +85,17 @@ def choose_variants(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConf
     chosen = {}
     for name, variant in found.items():
         if not only or name in (ablation.WHOLE, *only):
-            chosen[name] = replace(variant, name=name, runs_dir=str(folder))
+            # whosever they are, each variant finds them in its own folder
+            own = replace(variant.sequences, from_run=None)
+            chosen[name] = replace(variant, name=name, runs_dir=str(folder), sequences=own)
     return chosen
+
+
+def link_sequences(variant: RunConfig, sequence_dir: Path) -> None:
+    """A folder for the variant, with these sequences and nothing of an earlier training."""
+    shutil.rmtree(variant.run_dir, ignore_errors=True)
+    variant.run_dir.mkdir(parents=True)
+    variant.sequence_dir.symlink_to(sequence_dir.absolute())
 
 
 def train_and_evaluate(
@@ -93,9 +106,6 @@ def train_and_evaluate(
     from pipeline.evaluate import evaluator
     from pipeline.train import trainer
 
-    shutil.rmtree(variant.run_dir, ignore_errors=True)
-    variant.run_dir.mkdir(parents=True)
-    variant.sequence_dir.symlink_to(Path(variant.runs_dir).parent / "sequences")
     model_dir = trainer.fit_model(variant, run)
     metrics = evaluator.evaluate_model(variant, model_dir, [split])
     folder = evaluator.evaluation_folder(variant.run_dir, variant.evaluate)

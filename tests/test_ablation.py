@@ -13,7 +13,9 @@ from pipeline import config
 from pipeline.config import ConfigError, DenseFeature, RunConfig, StochasticLengthConfig, UserError
 from pipeline.evaluate import ablation
 from pipeline.model.work import count_work
+from pipeline.sequences import store
 from pipeline.tracking import session
+from pipeline.train import supervision
 from tests.worlds.mixture import make_mixture
 from tests.worlds.model import make_batch, make_config, make_model
 from tests.worlds.tiny import publish_sequences, tiny_config
@@ -161,6 +163,33 @@ def test_the_table_shows_what_each_is_worth() -> None:
     assert "+0.0500" in rows[3]
     assert "62.5%" in rows[3]
     assert len({row.count("|") for row in rows}) == 1
+
+
+def test_variants_read_the_sequences_of_another_run_where_theirs_are(tmp_path: Path) -> None:
+    built = tiny_config(tmp_path, name="built")
+    publish_sequences(built)
+    shared = replace(built.sequences, from_run="built")
+    cfg = replace(built, name="ablated", sequences=shared)
+
+    chosen = jobs.ablation.choose_variants(cfg, ["full_rows_0"])
+    for variant in chosen.values():
+        jobs.ablation.link_sequences(variant, cfg.sequence_dir)
+        jobs.ablation.link_sequences(variant, cfg.sequence_dir)  # of a second start
+        found = store.read_manifest(variant.sequence_dir)
+        assert found == store.read_manifest(built.sequence_dir)
+    assert len(chosen) == 2
+    assert store.read_manifest(built.sequence_dir), "an earlier link leaves what it names"
+
+
+def test_a_second_ablation_of_a_run_does_not_remove_what_the_first_trains(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, name="ablated")
+    publish_sequences(cfg)
+    options = argparse.Namespace(only=["full_rows_0"], split="val")
+    with (
+        supervision.only_training(cfg.runs_dir, "ablated ablation"),
+        pytest.raises(UserError, match="is being trained by another job"),
+    ):
+        jobs.ablation.run_job(cli.Job(cfg, options))
 
 
 @pytest.mark.cluster

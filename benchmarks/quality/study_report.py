@@ -4,8 +4,8 @@
         --machine "NVIDIA H200, 14 processes"       # → benchmarks/runs/study_drifting.json
     python docs/images/study.py                     # its pictures
 
-With `--earlier benchmarks/runs/study_drifting.json` points, laws and predictions that the new figures
-lack are those of a run before.
+With `--earlier benchmarks/runs/study_drifting.json` points, laws and predictions that the new
+figures lack are those of a run before.
 
     python -m benchmarks.results "scaling studies"
 """
