@@ -3,9 +3,12 @@
 What it would cost is counted here, not timed.
 """
 
+import asyncio
 import json
 import struct
+from collections.abc import AsyncIterator
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,11 +18,13 @@ from serve_app.client_json import MOST_NAMES
 from serve_app.columns import HEAD, BadBody, RankColumns
 from serve_app.recommend.arrow import OPTIONS
 from serve_app.schemas import Refusal
+from serve_app.web import limits
 from serve_app.web.api import make_api
 from tests.worlds.web import RANK, Fixed, call
 
 JSON = {"content-type": "application/json"}
 MANY = 20_000
+WIDE = {"candidates": [{"item_id": item} for item in range(20)]}  # more than 300 bytes
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +187,40 @@ def test_a_host_that_is_no_address_is_not_of_this_machine() -> None:
     for header in ({"Host": "["}, {"Host": "::1]"}, {"Host": "127.0.0.1", "Origin": "http://["}):
         answer = call(api, "POST", "/v1/rank", headers=header, json=RANK)
         assert answer.status_code == 403, header
+
+
+def test_the_bodies_of_all_clients_together_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MOST_BODIES", 3)
+    monkeypatch.setattr(limits, "CROWDED_BODY_S", 0.01)
+    api = make_api(Fixed(), max_body_bytes=1000, body_timeout_s=60)
+    go_on = asyncio.Event()
+    sent: list[int] = []
+
+    async def half_of(size: int) -> AsyncIterator[bytes]:
+        sent.append(size)
+        yield b" " * size
+        await go_on.wait()
+        yield json.dumps(RANK).encode()
+
+    async def scenario() -> tuple[int, list[int], int]:
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+            def post(size: int) -> asyncio.Task[httpx.Response]:
+                body = half_of(size)
+                return asyncio.create_task(client.post("/v1/rank", content=body, headers=JSON))
+
+            three = [post(900) for _ in range(3)]
+            longer = post(1001)  # nothing of it is held
+            while len(sent) < 4:
+                await asyncio.sleep(0)
+            for _ in range(100):  # until all of them wait for more
+                await asyncio.sleep(0)
+            refused = await client.post("/v1/rank", json=RANK | {"trial_key": "x" * 50} | WIDE)
+
+            go_on.set()
+            kept = [(await one).status_code for one in (*three, longer)]
+            after = await client.post("/v1/rank", json=RANK | WIDE)
+            return refused.status_code, kept, after.status_code
+
+    assert asyncio.run(scenario()) == (429, [200, 200, 200, 413], 200)

@@ -139,3 +139,22 @@ def test_an_entry_that_is_read_keeps_its_pages(monkeypatch: pytest.MonkeyPatch) 
     assert_equal(kept, second)
     caches.close()
     assert caches.budget.pages.num_free == 1
+
+
+def test_a_copy_that_fails_gives_its_pages_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without room for the copy: the cache keeps its size."""
+    caches = HistoryCaches(CacheBudget(resident_bytes(2, 1)))
+    pages = caches.budget.pages
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pages, "write", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        caches.keep_entry(b"first", random_history([30]))
+    monkeypatch.undo()
+    assert caches.num_bytes == caches.budget.num_bytes == 0
+    assert pages.num_free == 2
+
+    caches.keep_entry(b"first", random_history([30]))
+    assert caches.num_entries == 1

@@ -223,6 +223,28 @@ def test_a_champion_of_other_rows_is_scored_on_the_challengers(
     assert (scored[0] / "model.safetensors").exists()
 
 
+def test_a_champion_that_came_while_the_gate_was_scoring_is_held_against_too(
+    cfg: RunConfig, tmp_path: Path
+) -> None:
+    first = new_version(cfg, tmp_path, 0.9)
+    assert Tracker(cfg).promote_version(first).promoted
+    better = new_version(cfg, tmp_path, 0.5)
+    today = replace(cfg, split=replace(cfg.split, t_val="2022-05-02T00:00:00Z"))
+    challenger = new_version(today, tmp_path / "today", 0.7)
+    ne = [0.9, 0.5]  # of the champion at first, then of the one that somebody has promoted
+
+    def score(folder: Path) -> dict[str, float]:
+        Tracker(cfg).promote_version(better)
+        return dict.fromkeys(cfg.tasks, ne.pop(0))
+
+    tags = {"manifest": store.read_manifest(cfg.sequence_dir).digest}
+    tags |= {f"split.{name}": getattr(today.split, name) for name in ("t_val", "t_test")}
+    refused = Tracker(today).promote_version(challenger, rows=RowsAtHand(tags, score))
+    assert not refused.promoted
+    assert f"+0.2000 against champion {better}" in refused.reason
+    assert Tracker(cfg).find_champion().version == better
+
+
 def test_two_versions_are_scored_on_rows_that_came_after_both(
     cfg: RunConfig, tmp_path: Path
 ) -> None:

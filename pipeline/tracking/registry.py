@@ -9,6 +9,7 @@ before it is read.
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -43,6 +44,8 @@ if typing.TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
     from pipeline.sequences.store import Manifest
+
+logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 SHA256_PREFIX = "sha256."  # of tags
@@ -262,12 +265,26 @@ def promote_version(
         if validated_by is not None:
             challenger = _validated(client, challenger, _version(client, name, validated_by))
         decision = _judged(settings, tasks, challenger, champion, rows, cache, force_first)
+
+        # scoring takes minutes, in which somebody else may promote or roll back
+        while decision.promoted and not _is_same(now := _champion(client, name), champion):
+            logger.info("the champion has changed meanwhile: the gate looks once more")
+            champion = now
+            decision = _judged(settings, tasks, challenger, champion, rows, cache, force_first)
+
         client.set_model_version_tag(name, challenger.version, "promotion", decision.reason)
         if decision.promoted:
             previous = "" if champion is None else champion.version
             client.set_model_version_tag(name, challenger.version, "previous_champion", previous)
             client.set_registered_model_alias(name, CHAMPION, challenger.version)
     return decision
+
+
+def _is_same(one: "ModelVersion | None", other: "ModelVersion | None") -> bool:
+    """True of two looks at one version, or at none."""
+    if one is None or other is None:
+        return one is other
+    return one.version == other.version
 
 
 def _judged(

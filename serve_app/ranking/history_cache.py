@@ -197,7 +197,13 @@ class HistoryCaches:
             kept = budget.pages.take(entry)
             kept.rows = rows
             self._count_bytes(size)
-        budget.pages.write(kept, entry)
+        try:
+            budget.pages.write(kept, entry)
+        except BaseException:  # a GPU without memory for the copy
+            with budget.lock:
+                kept.is_evicted = True
+                self._give_back(kept)
+            raise
 
         with budget.lock:
             if self._is_closed or (self, key) in budget.entries:  # meanwhile

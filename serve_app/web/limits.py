@@ -39,6 +39,9 @@ RECENT = 0.95  # weight of the requests before, per request: the last twenty cou
 ENDING_BODY_S = 0.25  # how long a client may still send to a server that ends
 QUIET_S = 1.0  # without work: whatever was refused before is no sign any more
 STUCK_S = 3.0  # without one good answer while requests wait: no overload, nobody answers
+# bodies of the greatest length that one process holds: thousands of clients could each send one
+MOST_BODIES = 64
+CROWDED_BODY_S = 0.25  # how long a client may still send that there is no room for
 STRICT = 1 / 4  # the least that is left of both limits while most are refused
 
 
@@ -106,8 +109,13 @@ class Gate:
         return self.num_inside
 
 
+class TooManyBodies(Exception):
+    """The bodies of all requests together are longer than this process wants to hold."""
+
+
 class BodyLimit:
-    """413 for a body of more than `max_bytes`, 408 for one that is not there after `timeout_s`.
+    """413 for a body of more than `max_bytes`, 408 for one that is not there after `timeout_s`, 429
+    where the bodies of all requests together are more than `MOST_BODIES` of the longest.
 
     A longer body is drained, not stored: clients ignore a response while they are still sending.
     """
@@ -116,19 +124,34 @@ class BodyLimit:
         self.app = app
         self.max_bytes = max_bytes
         self.timeout_s = timeout_s
+        self.num_held = 0  # bytes of the bodies of requests that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
+        body = bytearray()
+        try:
+            await self._answer(scope, receive, send, body)
+        finally:
+            self.num_held -= len(body)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, body: bytearray) -> None:
+        """Answer a request, of which `body` holds what is kept of its body."""
         try:
             async with asyncio.timeout(self.timeout_s):
-                body, size = await self._read_body(receive)
+                size = await self._read_body(receive, body)
         except TimeoutError:
             await late_body(self.timeout_s)(scope, receive, send)
             return
-        if body is None:
+        except TooManyBodies:
+            scope.setdefault("state", {})["refused"] = "overload"
+            await drain_body(receive, CROWDED_BODY_S)
+            answer = {"detail": "too much is being sent"}
+            await json_reply(answer, 429, {"Retry-After": "1"})(scope, receive, send)
+            return
+        if size is None:
             return
 
         scope.setdefault("state", {})["body_bytes"] = size
@@ -144,22 +167,33 @@ class BodyLimit:
 
         await self.app(scope, receive_again, send)
 
-    async def _read_body(self, receive: Receive) -> tuple[bytearray | None, int]:
-        """The body, in part where it is too long, and its size; None: the client went away."""
-        body = bytearray()
+    async def _read_body(self, receive: Receive, body: bytearray) -> int | None:
+        """Read the body, and nothing of one that is too long; its size, None where the client went
+        away.
+
+        Raises:
+            TooManyBodies: there is no room for it.
+        """
         size = 0
         more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None, size
+                return None
 
             chunk = message.get("body", b"")
             more = message.get("more_body", False)
             size += len(chunk)
-            if size <= self.max_bytes:
-                body += chunk
-        return body, size
+            if size > self.max_bytes:
+                self.num_held -= len(body)
+                body.clear()
+                continue
+
+            if self.num_held + len(chunk) > MOST_BODIES * self.max_bytes:
+                raise TooManyBodies
+            self.num_held += len(chunk)
+            body += chunk
+        return size
 
     def _too_long(self, size: int) -> Response:
         problem = {
