@@ -27,9 +27,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_job(job: cli.Job) -> None:
     from pipeline import tracking
+    from pipeline.logs import live_log_dir
     from pipeline.sequences.upkeep import maintenance
     from serve_app import deployment
     from serve_app.feedback.served_log import forget_served
+    from serve_app.history.export import only_export
     from serve_app.history.published import forget_copies
     from serve_app.ranking.rollout import open_events
 
@@ -38,9 +40,10 @@ def run_job(job: cli.Job) -> None:
     text = "user_id" in published.text_ids
     users = read_users(job.options.user, job.options.users_file, text=text)
 
-    removed = maintenance.forget_users(cfg, users)
-    if cfg.serve.redis_url is not None or serving.exists():
-        removed["posted_events"] = open_events(cfg.serve, serving).forget(users.tolist())
+    with only_export(live_log_dir(cfg.run_dir)):
+        removed = maintenance.forget_users(cfg, users)
+        if cfg.serve.redis_url is not None or serving.exists():
+            removed["posted_events"] = open_events(cfg.serve, serving).forget(users.tolist())
     removed["copies_of_the_server"] = forget_copies(serving)
     served = deployment.served_folder(cfg.serve, cfg.run_dir)
     removed["served_rows"] = forget_served(served, users.tolist())

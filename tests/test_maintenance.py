@@ -2,6 +2,7 @@
 between.
 """
 
+import fcntl
 import json
 import runpy
 import shutil
@@ -18,6 +19,7 @@ import pytest
 
 from pipeline import config
 from pipeline.config import DriftConfig, RunConfig, UserError
+from pipeline.logs import live_log_dir
 from pipeline.schema import DAY_MS
 from pipeline.sequences import build, parts, store, versions
 from pipeline.sequences.build import build_sequences
@@ -492,8 +494,24 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
 
     code, out = run("--user", "x", "--dry-run")
     assert (code, out.startswith("error: a user_id must be an integer")) == (2, True)
+    # an export that has read them would write them once more
+    forget = maintenance.forget_users
+    may_export: list[bool] = []
+
+    def forget_and_look(*arguments):
+        lock = live_log_dir(cfg.run_dir) / ".export.lock"
+        with lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                may_export.append(False)
+            else:
+                may_export.append(True)
+        return forget(*arguments)
+
+    monkeypatch.setattr(maintenance, "forget_users", forget_and_look)
     code, out = run("--user", "3", "--users-file", str(ids))
-    assert code == 0
+    assert (code, may_export) == (0, [False])
     assert out.startswith("users=2 removed: sequences=")
     for what in ("posted_events=1", "copies_of_the_server=1", "predictions=4"):
         assert what in out
@@ -512,6 +530,9 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
     )
     code, err = run("--users-file", str(built / "none.txt"))
     assert (code, "No such file" in err) == (2, True)
+    ids.write_bytes(b"\xff\xfe3")
+    code, err = run("--users-file", str(ids))
+    assert (code, "no text in UTF-8" in err) == (2, True)
 
 
 def test_the_only_user_with_retired_rows_is_forgotten(tmp_path: Path):

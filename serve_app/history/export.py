@@ -71,14 +71,16 @@ def export_events(
     exported once is not exported again. One export of a run goes on at a time.
     """
     folder = live_log_dir(run_dir)
-    with _only_export(folder):
+    with only_export(folder):
         return _export(source, sequences, run_dir, folder, log, served)
 
 
 @contextmanager
-def _only_export(folder: Path) -> Iterator[None]:
-    """Wait for another job's export: of two at once one would give its file the other's name, and
-    note as read what only the other has written.
+def only_export(folder: Path) -> Iterator[None]:
+    """Wait for another job's export into a run's `live_logs`: of two at once one would give its
+    file the other's name, and note as read what only the other has written.
+
+    Who forgets users keeps exports out too, which may have read theirs already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".export.lock").open("a") as lock:
