@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from jobs import cli
 from pipeline import config
-from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.config import ConfigError, RunConfig, RunFolders, UserError
 from pipeline.files import json_text, write_atomically
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run_job(job: cli.Job) -> None:
         for name, variant in chosen.items():
             logger.info("variant %s", name)
             with tracker.start_run(variant, manifest, parent) as run:
-                link_sequences(variant, cfg.sequence_dir)
+                link_sequences(variant.folders, cfg.sequence_dir)
                 found[name] = train_and_evaluate(variant, tracker, run, split)
 
         path = cfg.run_dir / "ablation" / "ablation.md"
@@ -91,11 +91,11 @@ def choose_variants(cfg: RunConfig, only: list[str] | None) -> dict[str, RunConf
     return chosen
 
 
-def link_sequences(variant: RunConfig, sequence_dir: Path) -> None:
-    """A folder for the variant, with these sequences and nothing of an earlier training."""
-    shutil.rmtree(variant.run_dir, ignore_errors=True)
-    variant.run_dir.mkdir(parents=True)
-    variant.sequence_dir.symlink_to(sequence_dir.absolute())
+def link_sequences(folders: RunFolders, sequence_dir: Path) -> None:
+    """Folders of a variant, with these sequences and nothing of an earlier training."""
+    shutil.rmtree(folders.run_dir, ignore_errors=True)
+    folders.run_dir.mkdir(parents=True)
+    folders.sequence_dir.symlink_to(sequence_dir.absolute())
 
 
 def train_and_evaluate(

@@ -173,8 +173,8 @@ def test_variants_read_the_sequences_of_another_run_where_theirs_are(tmp_path: P
 
     chosen = jobs.ablation.choose_variants(cfg, ["full_rows_0"])
     for variant in chosen.values():
-        jobs.ablation.link_sequences(variant, cfg.sequence_dir)
-        jobs.ablation.link_sequences(variant, cfg.sequence_dir)  # of a second start
+        jobs.ablation.link_sequences(variant.folders, cfg.sequence_dir)
+        jobs.ablation.link_sequences(variant.folders, cfg.sequence_dir)  # of a second start
         found = store.read_manifest(variant.sequence_dir)
         assert found == store.read_manifest(built.sequence_dir)
     assert len(chosen) == 2
