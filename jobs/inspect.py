@@ -18,7 +18,7 @@ from pipeline.files import write_atomically
 from pipeline.logs.columns import plain_values
 from pipeline.logs.looking.guess import Guess, guess_columns
 from pipeline.logs.looking.preset import write_preset
-from pipeline.logs.looking.sample import Sample, spread_sample, take_sample
+from pipeline.logs.looking.sample import Sample, flat_sample, spread_sample, take_sample
 from pipeline.logs.looking.side import MOST_FEATURES, SideGuess, guess_side
 from pipeline.logs.times import show_time
 
@@ -63,13 +63,12 @@ def inspect_logs(options: argparse.Namespace) -> None:
     if options.output and Path(options.output).exists():
         raise UserError(f"-o {options.output}: it is there already; name another file")
 
-    logs = spread_sample(take_sample(options.path, "PATH"))
-    guess = guess_columns(logs.rows, logs.request_id)
+    logs, guess = guess_logs(spread_sample(take_sample(options.path, "PATH")))
     print_logs(logs, guess)
     if guess.missing:
         raise UserError(
             f"no column of {options.path} looks like {' or '.join(guess.missing)}: copy "
-            f"configs/own_logs.yaml and name it in source.columns{_advise_objects(logs.rows)}"
+            f"configs/own_logs.yaml and name it in source.columns"
         )
 
     sides = {}
@@ -88,23 +87,19 @@ def inspect_logs(options: argparse.Namespace) -> None:
         print(f"  python -m jobs.{job} --config {options.output}")
 
 
-def _advise_objects(rows: pa.Table) -> str:
-    """What to do about columns that hold objects, in which the ids or the time may lie."""
-    names = [field.name for field in rows.schema if pa.types.is_struct(field.type)]
-    if not names:
-        return ""
-    inner = rows.schema.field(names[0]).type.field(0).name
-    example = f"{names[0]}_{inner}: .{names[0]}.{inner}"
-    return (
-        f"; {', '.join(names)} hold objects, whose fields must be columns of their own: of JSON "
-        f"lines `jq -c '. + {{{example}}}'` makes them"
-    )
+def guess_logs(logs: Sample) -> tuple[Sample, Guess]:
+    """The logs' columns; the fields of objects are columns where one of them means something."""
+    flat = flat_sample(logs)
+    guess = guess_columns(flat.rows, logs.request_id, logs.as_text)
+    if set(guess.roles) <= set(logs.rows.column_names):
+        return logs, guess
+    return flat, guess
 
 
 def look_at_side(key: str, path: str, logs: Sample, guess: Guess) -> SideGuess:
     """The side table, printed."""
     ours = f"{key[:-1]}_id"
-    theirs = guess.columns.get(ours, ours)
+    theirs = guess.column_of(ours)
     sample = take_sample(path, f"--{key}")
     side = guess_side(sample, key, plain_values(logs.rows[theirs]), theirs)
 
@@ -114,6 +109,8 @@ def look_at_side(key: str, path: str, logs: Sample, guess: Guess) -> SideGuess:
     )
     if len(side.features) == MOST_FEATURES:
         print(f"the first {MOST_FEATURES} columns that are fit are taken: features.{key[:-1]}")
+    if side.repeated:
+        print(f"{side.repeated:,} rows have an id that another has: the last one counts (repeats)")
     print(f"{side.joined:.0%} of the logs' ids are in {side.id_column!r}", end="")
     print(": is it the right table and column?" if side.joined < SPARSE else "")
     return side
@@ -145,7 +142,7 @@ def print_logs(logs: Sample, guess: Guess) -> None:
         first, last = min(known.to_pylist()), max(known.to_pylist())
         print(f"times from {show_time(first)} to {show_time(last)}")
     for ours in ("user_id", "item_id"):
-        theirs = guess.columns.get(ours, ours)
+        theirs = guess.column_of(ours)
         if theirs in logs.rows.column_names:
             print(f"{len(logs.rows[theirs].unique()):,} different {theirs}")
     if len(guess.actions) == 1 and "happened" in guess.actions:

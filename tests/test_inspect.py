@@ -5,6 +5,7 @@ three edits.
 import gzip
 import json
 import re
+import zoneinfo
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,10 @@ import pytest
 from jobs import inspect
 from pipeline import config
 from pipeline.batches.features import fit_features
+from pipeline.logs.ids import id_code
+from pipeline.logs.looking import sample
 from pipeline.sequences import build, store
+from pipeline.sequences.dictionary import read_dictionary
 from tests.worlds.logs import here
 
 __all__ = ["here"]
@@ -290,6 +294,141 @@ def test_a_text_file_as_people_have_it_is_looked_at(tmp_path: Path, name: str) -
     assert (plan["rows"], plan["files"], plan["files_left_out"]) == (ROWS, 1, 1)
 
 
+def looked_at(tmp_path: Path, *arguments: str, edits: tuple[str, ...] = ()) -> config.RunConfig:
+    inspect.main([str(tmp_path / "logs"), *arguments, "-o", str(tmp_path / "preset.yaml")])
+    return config.load(tmp_path / "preset.yaml", [f"runs_dir={tmp_path}", *edits])
+
+
+def test_a_shop_in_germany(here: None, tmp_path: Path) -> None:
+    """Semicolons, decimal commas, local times over the end of summer time, exports joined with
+    their lines of names, a byte order mark, gzip, and items that stand twice in their table.
+    """
+    people = ["00123", "123", "c-7", "\U0001f469\u200d\U0001f680", "x" * 300, "O'Brien"]
+    berlin = zoneinfo.ZoneInfo("Europe/Berlin")
+    last_of_summer = int(datetime(2026, 10, 25, 0, 59, tzinfo=UTC).timestamp())
+    rng = np.random.default_rng(0)
+    lines, expected = [], {}
+    for number in range(ROWS):
+        # an hour that comes twice is read as the first: none of it here
+        moment = last_of_summer + (number - ROWS // 2) * 60 + 3720 * (number >= ROWS // 2)
+        local = datetime.fromtimestamp(moment, berlin).strftime("%d.%m.%Y %H:%M:%S")
+        person, item = people[rng.integers(6)], f"SKU{rng.integers(40)}"
+        kind = ["view", "purchase"][number % 2]
+        lines.append(f"{local};{person};{item};{kind};{number % 40},{number % 90 + 10}")
+        price = round(number % 40 + (number % 90 + 10) / 100, 2)
+        expected.setdefault(person, []).append((moment * 1000, price, number % 2))
+
+    names = "Zeitpunkt;Kundennummer;Artikel;event_type;Preis"
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    first = "\r\n".join([names, *lines[:100], names, *lines[100:200]]) + "\r\n"
+    (folder / "1.csv").write_bytes(first.encode("utf-8-sig"))
+    (folder / "2.csv.gz").write_bytes(gzip.compress("\n".join([names, *lines[200:]]).encode()))
+    items = [f"SKU{item};{item},5;Kat {item % 3}" for item in range(40)]
+    (tmp_path / "items.csv").write_text("\n".join(["Artikel;Preis;Kategorie", *items, items[7]]))
+
+    edit = "source.columns.event_time.zone=Europe/Berlin"
+    cfg = looked_at(tmp_path, "--items", str(tmp_path / "items.csv"), edits=(edit,))
+    assert cfg.features.item["Preis"].kind == "quantile"
+    assert cfg.tasks == ("view", "purchase")
+    manifest = build.build_sequences(cfg)
+    assert manifest.quarantined == {"event_time_unreadable": 1}
+    assert manifest.num_users == 6
+    fit_features(cfg)
+
+    _, texts = read_dictionary(cfg.sequence_dir, manifest, "user_id")
+    people_of = {id_code(text): text for text in texts.to_pylist()}
+    for user in store.read_sequences(cfg.sequence_dir).to_pylist():
+        bought = [mask >> 1 & 1 for mask in user["action_mask"]]
+        rows = list(zip(user["event_time"], np.round(user["preis"], 2), bought, strict=True))
+        assert rows == expected[people_of[user["user_id"]]]
+
+
+def test_an_app_with_objects_in_its_lines(here: None, tmp_path: Path) -> None:
+    """Ids that are numbers in one file and text in another, and a field that is anything."""
+    draw = Draw()
+    (tmp_path / "logs").mkdir()
+    for name, rows in (("a", range(200)), ("b", range(200, ROWS))):
+        lines = []
+        for row in rows:
+            item = int(draw.item[row])
+            line = {"ts": draw.local("%Y-%m-%dT%H:%M:%S.123Z")[row], "payload": {"n": 1}}
+            line |= {"user": {"id": f"u{draw.user[row]}"}, "clicked": row % 3 == 0}
+            line |= {"article_id": item if name == "a" else str(item)}
+            line |= {"context": {"device": ["ios", "web"][row % 2]}}
+            if row % 50 == 7:
+                line["payload"] = "none"
+            lines.append(json.dumps(line))
+        (tmp_path / "logs" / f"{name}.jsonl").write_text("\n".join(lines))
+
+    articles = [json.dumps({"article_id": item, "words": item % 37}) for item in range(100, 160)]
+    (tmp_path / "articles.jsonl").write_text("\n".join(articles))
+    cfg = looked_at(tmp_path, "--items", str(tmp_path / "articles.jsonl"))
+    assert cfg.source.columns["user_id"] == "user.id"
+    assert cfg.source.request_columns == ("context_device",)
+    manifest = build.build_sequences(cfg)
+    assert manifest.num_rows == ROWS - manifest.rows_merged
+    assert manifest.text_ids == ("user_id", "item_id")
+    assert not manifest.quarantined
+    fit_features(cfg)
+
+
+def test_a_player_with_gaps_and_types_that_change(here: None, tmp_path: Path) -> None:
+    """Ids as floats, flags as booleans and as numbers, a name that says nothing of a user."""
+    draw = Draw()
+    for day in range(4):
+        rows = slice(day * 100, day * 100 + 100)
+        listener = draw.user[rows].astype(float)
+        listener[0] = np.nan
+        flags = draw.rng.integers(0, 2, 100)
+        columns = {
+            "played_s": draw.rng.random(100) * 200,
+            "track_seconds": draw.rng.random(100) * 200,
+            "who": listener,
+            "track": draw.item[rows] * 7_000_000_003,
+            "started_at": pa.array(draw.seconds[rows], pa.timestamp("s")),
+            "skipped": pa.array(flags, pa.int8()) if day % 2 else flags == 1,
+        }
+        folder = tmp_path / "logs" / f"day={day}"
+        folder.mkdir(parents=True)
+        table = pa.table(columns).to_pandas()
+        table.sample(frac=1, random_state=0).to_parquet(folder / "part-0.parquet")
+    listeners = {"id": np.arange(30), "country": ["se", "no"] * 15}
+    pq.write_table(pa.table(listeners), tmp_path / "listeners.parquet")
+
+    cfg = looked_at(tmp_path, "--users", str(tmp_path / "listeners.parquet"))
+    assert cfg.source.columns["user_id"] == "who"
+    assert cfg.source.columns["item_id"] == "track"
+    assert set(cfg.source.actions) == {"skipped"}
+    assert set(cfg.features.user) == {"country"}
+    manifest = build.build_sequences(cfg)
+    assert manifest.quarantined == {"null_user_id": 4}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_the_split_is_of_the_whole_span(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Of one large file that is sorted by time not the beginning alone is looked at."""
+    monkeypatch.setattr(sample, "SAMPLE_ROWS", 400)
+    monkeypatch.setattr(sample, "PLACE_BYTES", 4000)
+    rows = 40_000
+    days = np.arange(rows) / rows * 100
+    columns = {"user": np.arange(rows) % 50, "item": np.arange(rows) % 70}
+    columns |= {"ts": START + (days * 86_400).astype(int), "clicked": np.arange(rows) % 2}
+    (tmp_path / "logs").mkdir()
+    file = tmp_path / "logs" / f"a.{kind}"
+    if kind == "csv":
+        write_csv(file, columns)
+    else:
+        pq.write_table(pa.table(columns), file, row_group_size=1000)
+
+    cfg = looked_at(tmp_path)
+    day_ms = 86_400_000
+    assert 70 < (cfg.split.val_ms - START * 1000) / day_ms < 90
+    assert 80 < (cfg.split.test_ms - START * 1000) / day_ms < 100
+
+
 def test_a_single_user_is_trained_on_without_a_warm_up(tmp_path: Path) -> None:
     """Which may be no more than a tenth of so few steps."""
     draw = Draw()
@@ -310,13 +449,13 @@ def test_what_cannot_be_looked_at_is_one_message(
     pq.write_table(pa.table({"user": pa.array([], pa.int64())}), tmp_path / "no_rows.parquet")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.csv").touch()
-    nested = {"user": {"id": 7}, "item": {"id": 9}, "time": 1583020800, "click": 1}
-    (tmp_path / "nested.jsonl").write_text(f"{json.dumps(nested)}\n" * 3)
+    lists = {"user": [{"id": 7}], "item": {"name": [9]}, "time": 1583020800, "click": 1}
+    (tmp_path / "lists.jsonl").write_text(f"{json.dumps(lists)}\n" * 3)
     for arguments, message in (
         ([str(tmp_path / "head.csv")], "have no rows"),
         ([str(tmp_path / "no_rows.parquet")], "have no rows"),
         ([str(tmp_path / "empty")], "left out: 1 (empty, 0 bytes: "),
-        ([str(tmp_path / "nested.jsonl")], "user, item hold objects, whose fields must be columns"),
+        ([str(tmp_path / "lists.jsonl")], "looks like user_id or item_id: copy"),
         ([str(tmp_path / "nowhere")], "PATH: no Parquet, CSV or JSON lines at"),
         ([str(tmp_path / "notes.csv")], "looks like event_time or user_id or item_id"),
         ([str(tmp_path), "-o", str(tmp_path / "there.yaml")], "is there already"),

@@ -56,7 +56,50 @@ def sequences(cfg: RunConfig) -> list[dict]:
 ROWS = log(rows=120)
 NAMES = ROWS.column_names
 FIRST, SECOND = ROWS.slice(0, 50), ROWS.slice(50)
+OBJECT_ACTIONS = {"click": {"column": "done.click"}, "like": {"column": "done.more.like"}}
+
+
+def parquet_bytes(rows: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(rows, sink)
+    return sink.getvalue()
+
+
+def nested(rows: pa.Table) -> list[dict]:
+    """The rows with their users and actions within objects, one of them in another."""
+    found = []
+    for row in rows.to_pylist():
+        inner = {"click": row.pop("click"), "more": {"like": row.pop("like")}, "why": None}
+        found.append({"user": {"id": row.pop("user_id"), "plan": "free"}, "done": inner} | row)
+    return found
+
+
+def names_again(rows: pa.Table) -> str:
+    """CSV with the line of names among the rows, as where exports were joined by hand."""
+    first, *lines = as_csv(rows).splitlines()
+    return "\n".join([first, *lines[:9], first, *lines[9:]]) + "\n"
+
+
 TEXTS = {
+    "names again": (
+        {"a.csv": names_again(FIRST), "b.csv": names_again(SECOND)},
+        {},
+    ),
+    "ids with gaps": (
+        {
+            "a.csv": as_csv(FIRST.set_column(0, "user_id", FIRST["user_id"].cast("double"))),
+            "b.csv": as_csv(SECOND),
+        },
+        {},
+    ),
+    "objects": (
+        {"a.jsonl": "".join(json.dumps(row) + "\n" for row in nested(ROWS))},
+        {"format": {"flatten": True}, "columns": {"user_id": "user.id"}, "actions": OBJECT_ACTIONS},
+    ),
+    "structs": (
+        {"a.parquet": parquet_bytes(pa.Table.from_pylist(nested(ROWS)))},
+        {"format": {"flatten": True}, "columns": {"user_id": "user.id"}, "actions": OBJECT_ACTIONS},
+    ),
     "csv": ({"a.csv": as_csv(FIRST), "b.csv": as_csv(SECOND.select(NAMES[::-1]))}, {}),
     "tsv, packed": ({"a.tsv.gz": gzip.compress(as_csv(ROWS, "\t").encode())}, {}),
     "separator of two": (
@@ -78,9 +121,7 @@ def test_text_makes_the_sequences_that_parquet_makes(here: None, tmp_path: Path,
     files, source = TEXTS[form]
     for name, rows in zip(files, (FIRST, SECOND), strict=False):
         if form == "partitions":
-            sink = io.BytesIO()
-            pq.write_table(rows, sink)
-            files[name] = sink.getvalue()
+            files[name] = parquet_bytes(rows)
     assert sequences(of_files(tmp_path / "text", files, **source)) == expected
 
 
@@ -117,17 +158,86 @@ def test_ids_are_text_if_one_of_them_is(
     assert manifest.num_users == len(ROWS["user_id"].unique()) + 1
 
 
+def test_a_number_that_does_not_fit_makes_ids_text(here: None, tmp_path: Path):
+    """2**63 - 1 is the last that is one; it once was a traceback beyond."""
+    largest = 2**63 - 1
+    for id_, kind in ((largest, pa.int64()), (largest + 1, pa.string()), (10**19, pa.string())):
+        text = as_csv(ROWS) + f"{id_},1,1650000000000,1,0,0\n"
+        cfg = of_files(tmp_path / str(id_), {"a.csv": text})
+        (file,) = list_files(str(cfg.source.path))
+        assert read_schema(file, ids=("user_id",)).field("user_id").type == kind
+        assert build.build_sequences(cfg).num_users == len(ROWS["user_id"].unique()) + 1
+
+
+def test_decimal_commas_and_text_among_numbers(here: None, tmp_path: Path):
+    """An outcome of a European export; a column of it that is no number keeps its commas."""
+    price = [f"{number},{number % 100:02}" for number in range(119)] + ["n/a"]
+    title = pa.array([f"a,{number}" for number in range(120)])
+    rows = ROWS.append_column("price", pa.array(price)).append_column("title", title)
+    of_price = {"outcome_columns": {"price": {}}}
+    cfg = of_files(
+        tmp_path / "a", {"a.csv": as_csv(rows, ";")}, format={"separator": ";"}, **of_price
+    )
+    with pytest.raises(UserError, match=r"'price' must be a number; .*source.format.decimal=','"):
+        build.plan_build(cfg)
+
+    how = {"separator": ";", "decimal": ","}
+    known = {"price": {"column": "price", "unknown": "n/a"}}
+    cfg = of_files(
+        tmp_path / "b", {"a.csv": as_csv(rows, ";")}, format=how, columns=known, **of_price
+    )
+    found = []
+    for user in sequences(cfg):
+        found += user["price"]
+    wanted = [number + number % 100 / 100 for number in range(119)]
+    assert np.sum(np.isnan(found)) == 1
+    assert np.allclose(sorted(np.array(found)[~np.isnan(found)]), wanted)
+    with open_rows(list_files(str(cfg.source.path))[0], cfg.source.format) as opened:
+        (block,) = opened.blocks(200, [0])
+    assert block["title"].to_pylist() == title.to_pylist()
+
+
+def test_a_field_of_an_object_is_named_with_what_reads_it(tmp_path: Path):
+    text = "".join(json.dumps(row) + "\n" for row in nested(ROWS))
+    cfg = of_files(tmp_path / "a", {"a.jsonl": text}, columns={"user_id": "user.id"})
+    with pytest.raises(UserError, match=r"'user.id' for user_id .*set|flatten=true"):
+        build.plan_build(cfg)
+
+
+@pytest.mark.parametrize(("repeats", "country"), [("first", ["de", "at"]), ("last", ["fr", "at"])])
+def test_repeated_ids_of_a_side_table(here: None, tmp_path: Path, repeats: str, country: list[str]):
+    (tmp_path / "users.csv").write_text("id;country\n7;de\n8;at\n7;fr\n")
+    table = {"path": str(tmp_path / "users.csv"), "id_column": "id", "format": {"separator": ";"}}
+    cfg = of_files(tmp_path / "a", {"a.csv": as_csv(ROWS)}, users=table)
+    with pytest.raises(UserError, match=r"id 7 stands in .*; source.users.repeats=last"):
+        build.build_sequences(cfg)
+    cfg = of_files(tmp_path / "b", {"a.csv": as_csv(ROWS)}, users=table | {"repeats": repeats})
+    manifest = build.build_sequences(cfg)
+    users = pq.read_table(cfg.sequence_dir / manifest.side_tables["users"].file)
+    assert users["user_id"].to_pylist() == [7, 8]
+    assert users["country"].to_pylist() == country
+
+
 def test_json_fields_that_nobody_asked_for_may_be_anything(here: None, tmp_path: Path):
     lines = []
     for number, row in enumerate(ROWS.to_pylist()):
         extra = {"style": {"size": number}} if number % 2 else {"style": "large", "image": [1]}
         lines.append(json.dumps(row | extra))
     cfg = of_files(tmp_path / "a", {"a.jsonl": "\n".join(lines)})
+    manifest = build.build_sequences(cfg)
+    assert manifest.rows_in == 120
+    assert not manifest.quarantined
+    (block,) = open_rows_of(cfg.source.path)
+    assert block.column_names == [*NAMES, "image"]
+
+    # one that is asked for is refused, and so is a line that is none
+    style = {"item_id": "style"}
+    cfg = of_files(tmp_path / "b", {"a.jsonl": "\n".join(lines)}, columns=style)
     with pytest.raises(UserError, match=r"a.jsonl cannot be read as JSON lines \(.*style"):
-        list(open_rows_of(cfg.source.path))
-    lines[1::2] = [json.dumps(row) for row in ROWS.to_pylist()[1::2]]
-    (tmp_path / "a/in/a.jsonl").write_text("\n".join(lines))
-    assert build.build_sequences(cfg).rows_in == 120
+        build.plan_build(cfg)
+    cfg = of_files(tmp_path / "c", {"a.jsonl": "\n".join([*lines, "{no json}", lines[0]])})
+    with pytest.raises(UserError, match=r"a.jsonl cannot be read as JSON lines"):
+        build.plan_build(cfg)
 
 
 def open_rows_of(path: str | None) -> list[pa.Table]:

@@ -73,7 +73,15 @@ class FileFormat:
         doc='Character around columns of CSV that hold the separator; empty: none. Null: " where '
         "the separator is a comma or a semicolon, else none.",
     )
+    decimal: Literal[".", ","] = setting(
+        ".", doc='Sign before the decimals of numbers in CSV: "," for 15,99 of a European export.'
+    )
     encoding: str = setting("utf8", doc="Encoding of CSV, such as latin-1.")
+    flatten: bool = setting(
+        False,
+        doc="Fields of objects (JSON) and structs (Parquet) are columns of their own: user.id is "
+        "the id of user.",
+    )
     impressions: Impressions | None = setting(
         None, doc="Lists of exposures in a row of the logs; null where a row is one exposure."
     )
@@ -82,6 +90,8 @@ class FileFormat:
         require(self.separator != "", "source.format.separator", self.separator, "a text")
         one = self.quote is None or len(self.quote) <= 1
         require(one, "source.format.quote", self.quote, "one character, or empty")
+        apart = self.decimal == "." or self.separator != self.decimal
+        require(apart, "source.format.decimal", self.decimal, "another sign than the separator")
         unique = len(set(self.names)) == len(self.names)
         require(unique, "source.format.names", list(self.names), "free of repeats")
         try:
@@ -109,6 +119,11 @@ class SideTable:
         metadata=describe("Column that holds the user_id or item_id of a row, as in the logs.")
     )
     format: FileFormat = field(default_factory=FileFormat)
+    repeats: Literal["refuse", "first", "last"] = setting(
+        "refuse",
+        doc="Rows of one id: the first or the last of them is used, in the order of the files' "
+        "paths and of their rows, or the build is refused.",
+    )
 
     def __post_init__(self) -> None:
         require(self.id_column != "", "source.*.id_column", self.id_column, "the name of a column")

@@ -184,7 +184,7 @@ def find_text_ids(schemas: Mapping[str, pa.Schema], rules: LogRules) -> tuple[st
 
 def _lacks(name: str, rules: LogRules, schema: pa.Schema) -> str:
     theirs = rules.columns[name]
-    found = f"found {schema.names}{_advise_form(schema)}"
+    found = f"found {schema.names}{_advise_form(schema)}{_advise_flatten(theirs, schema)}"
     if theirs == name:
         return f"no column {theirs!r} for {name}; {found}"
     if name in rules.events.required:
@@ -207,6 +207,16 @@ def _advise_form(schema: pa.Schema) -> str:
     if any(name.replace(".", "", 1).isdigit() for name in schema.names):
         return ": of files without a header set source.format.names, the names of their columns"
     return ""
+
+
+def _advise_flatten(theirs: str, schema: pa.Schema) -> str:
+    """What to set where the name is that of a field within an object."""
+    outer = theirs.partition(".")[0]
+    if outer == theirs or outer not in schema.names:
+        return ""
+    if not pa.types.is_struct(schema.field(outer).type):
+        return ""
+    return f": {outer!r} holds objects, whose fields source.format.flatten=true makes columns"
 
 
 def plain_type(found: pa.DataType) -> pa.DataType:
@@ -237,13 +247,16 @@ def _refused_type(
         return _refused_action(column.name, theirs, found, reading)
     if pa.types.is_boolean(column.dtype):
         return None if flag else "boolean"
+    # values that mean unknown may stand among numbers as text
+    has_unknown = reading is not None and bool(reading.unknown)
     if column.role == "request":
         if reading is not None and reading.text:
             return None if text or number or flag else "text, a number or a boolean"
         options = f"{{column: {column.name}, text: true}}"
         rule = f"an integer; of text set source.columns.{column.name}={options}"
-        return None if number or flag else rule
-    return None if number else "a number"
+        return None if number or flag or (text and has_unknown) else rule
+    decimal = "a number; of text such as 15,99 set source.format.decimal=','"
+    return None if number or (text and has_unknown) else decimal
 
 
 def _refused_time(found: pa.DataType, reading: ColumnReading | None) -> str | None:

@@ -12,6 +12,7 @@ from pipeline.config import FileFormat, Impressions, UserError
 from pipeline.logs.arrow_errors import reading_column, reading_file
 from pipeline.logs.cleaning import LOG_FORM
 from pipeline.logs.files import CONNECTIONS, PLAIN, file_stamp, locate, open_parquet
+from pipeline.logs.flattening import flat_rows, flat_schema, holds_column
 from pipeline.logs.impressions import count_exposures, spread_rows, spread_schema
 from pipeline.logs.text_files import TextFile, text_kind
 
@@ -89,6 +90,29 @@ class _TextRows:
     ) -> Iterator[pa.Table]:
         if groups:
             yield from self._file.blocks(rows)
+
+
+class _FlatRows:
+    """A file whose objects are columns of their own."""
+
+    def __init__(self, inner: RowFile) -> None:
+        self._inner = inner
+        self.schema = flat_schema(inner.schema)
+
+    def group_rows(self) -> list[int]:
+        return self._inner.group_rows()
+
+    def blocks(
+        self, rows: int, groups: Sequence[int], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        outer = None
+        if columns is not None:
+            outer = []
+            for name in self._inner.schema.names:
+                if any(holds_column(name, column) for column in columns):
+                    outer.append(name)
+        for block in self._inner.blocks(rows, groups, outer):
+            yield flat_rows(block)
 
 
 class _SpreadRows:
@@ -171,15 +195,17 @@ def open_rows(
 
     if text_kind(file, form) is None:
         with open_parquet(file) as parquet:
-            rows = _ParquetRows(parquet, file)
-            # rows that we wrote hold one exposure each
+            rows: RowFile = _ParquetRows(parquet, file)
+            # rows that we wrote hold one exposure each, and no objects
             ours = LOG_FORM in (rows.schema.metadata or {})
+            if form.flatten and not ours:
+                rows = _FlatRows(rows)
             if how is not None and not ours:
                 yield _SpreadRows(rows, how, file, count=count)
                 return
 
             packed = [name for name in texts if _is_packed(parquet, name)]
-            if not packed:
+            if form.flatten or not packed:
                 yield rows
                 return
             with open_parquet(file, packed, parquet.metadata) as again:
@@ -188,8 +214,9 @@ def open_rows(
 
     text = _open_text(file, form, tuple(ids), None if columns is None else tuple(columns))
     scanned = _scan_text(file, form, text) if count else 0
-    rows = _TextRows(text, scanned)
-    yield rows if how is None else _SpreadRows(rows, how, file, count=count)
+    lines = _TextRows(text, scanned)
+    inner = _FlatRows(lines) if form.flatten else lines
+    yield inner if how is None else _SpreadRows(inner, how, file, count=count)
 
 
 def _is_packed(file: pq.ParquetFile, name: str) -> bool:
@@ -247,12 +274,15 @@ def count_rows(files: Sequence[str], form: FileFormat = PLAIN) -> int:
 
 
 def rows_by_file(
-    files: Sequence[str], form: FileFormat = PLAIN, ids: Sequence[str] = ()
+    files: Sequence[str],
+    form: FileFormat = PLAIN,
+    ids: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
 ) -> dict[str, int]:
-    """Rows of each file; `ids` as of `open_rows`."""
+    """Rows of each file; `ids` and `columns` as of `open_rows`."""
 
     def rows_of(file: str) -> int:
-        with open_rows(file, form, ids, count=True) as rows:
+        with open_rows(file, form, ids, columns, count=True) as rows:
             return sum(rows.group_rows())
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -267,5 +297,7 @@ def read_table(file: str, form: FileFormat, id_column: str) -> pa.Table:
     """
     if text_kind(file, form) is None:
         with open_parquet(file) as parquet, reading_file(file):
-            return parquet.read()
-    return _open_text(file, form, (id_column,), None).read_all()
+            table = parquet.read()
+    else:
+        table = _open_text(file, form, (id_column,), None).read_all()
+    return flat_rows(table) if form.flatten else table

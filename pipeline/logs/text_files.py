@@ -9,15 +9,18 @@ column that reads it, and its row is quarantined.
 # pyright: reportAttributeAccessIssue=false
 
 import io
+import json as jsonlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv, fs, json
 
 from pipeline.config import FileFormat, UserError
+from pipeline.logs.columns import is_number, is_text
+from pipeline.logs.flattening import holds_column
 
 CSV_ENDINGS = (".csv", ".tsv")
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
@@ -26,7 +29,25 @@ PACKED_ENDINGS = (".gz", ".bz2", ".zst", ".lz4")  # unpacked while reading
 FIRST_BYTES, BLOCK_BYTES = 2**20, 2**24
 NULLS = ["", "NULL", "null", "\\N", "NaN", "nan"]
 UNIT_SEPARATOR = b"\x1f"  # in the place of a separator of several characters
-WHOLE = r"^(0|-?[1-9]\d{0,18})$"  # without leading zeros, which only text keeps
+LARGEST = str(2**63 - 1)
+DECIMAL = r"^\s*[+-]?\d*[.]?\d+([eE][+-]?\d+)?\s*$"
+
+
+def _whole_pattern() -> str:
+    """Text of whole numbers of 64 bits, without leading zeros, which only text keeps; 7.0 too, as
+    pandas writes numbers with gaps.
+    """
+    # of as many digits as the largest, those that are smaller in the first digit that differs
+    longest = [LARGEST]
+    for place, digit in enumerate(LARGEST):
+        least = 1 if place == 0 else 0
+        if int(digit) > least:
+            smaller = f"[{least}-{int(digit) - 1}]"
+            longest.append(LARGEST[:place] + smaller + rf"\d{{{len(LARGEST) - place - 1}}}")
+    return rf"^(0|-?([1-9]\d{{0,{len(LARGEST) - 2}}}|{'|'.join(longest)}))(\.0+)?$"
+
+
+WHOLE = _whole_pattern()
 
 
 def text_kind(file: str, form: FileFormat) -> str | None:
@@ -95,6 +116,7 @@ class TextFile:
         self._filesystem, self._path, self._name = filesystem, path, name
         self._form, self._ids, self._columns = form, ids, columns
         self._is_json = text_kind(name, form) == "json"
+        self._decimals = set[str]()  # columns of CSV that hold numbers, and maybe words for none
         try:
             self.schema = self._first_schema()
         except (pa.ArrowException, OSError, UnicodeError, LookupError) as error:
@@ -108,9 +130,9 @@ class TextFile:
         rows = 0
         for block in self._raw_blocks():
             rows += block.num_rows
-            for name, is_number in numbers.items():
-                if is_number and not self._is_json:
-                    numbers[name] = _all_whole(block[name])
+            for name, all_so_far in numbers.items():
+                if all_so_far and not self._is_json:
+                    numbers[name] = _all_whole(block[name], name)
         return rows, numbers
 
     def take_as_text(self, ids: Sequence[str]) -> None:
@@ -125,7 +147,7 @@ class TextFile:
         for batch in self._raw_blocks():
             for start in range(0, batch.num_rows, rows):
                 piece = pa.Table.from_batches([batch.slice(start, rows)])
-                yield self._with_number_ids(piece)
+                yield self._with_points(self._with_number_ids(piece))
 
     def _raw_blocks(self) -> Iterator[pa.RecordBatch]:
         try:
@@ -146,7 +168,7 @@ class TextFile:
             texts: dict[str, pa.DataType] = dict.fromkeys(self.id_columns(), pa.string())
             stream, (reading, parsing, converting) = self._stream(), self._csv_options(texts)
             table = csv.read_csv(stream, reading, parsing, converting)
-            self.take_as_text([name for name in texts if not _all_whole(table[name])])
+            self.take_as_text([name for name in texts if not _all_whole(table[name], name)])
             return self._with_number_ids(table)
         except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._refusal(error) from None
@@ -207,7 +229,12 @@ class TextFile:
                 encoding=self._form.encoding,
             ),
             csv.ParseOptions(delimiter=delimiter, quote_char=quote or False),
-            csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=NULLS),
+            csv.ConvertOptions(
+                column_types=types,
+                strings_can_be_null=True,
+                null_values=NULLS,
+                decimal_point=self._form.decimal,
+            ),
         )
 
     def _first_schema(self) -> pa.Schema:
@@ -216,15 +243,25 @@ class TextFile:
 
         schema = self._open_csv({}, FIRST_BYTES).schema
         self.schema = schema
-        if not any(map(self._is_number, self.id_columns())):
+        first = next(iter(self._open_csv(self._as_text(), FIRST_BYTES)), None)
+        if first is None:
             return schema
 
-        # leading zeros, or text after the first numbers
-        first = next(iter(self._open_csv(self._as_text(), FIRST_BYTES)), None)
-        for name in self.id_columns():
-            if first is not None and not _all_whole(first[name]):
-                place = schema.get_field_index(name)
-                schema = schema.set(place, pa.field(name, pa.string()))
+        for place, field in enumerate(schema):
+            name, values = field.name, first.column(place)
+            is_id = name in self._ids and values.null_count < len(values)
+            if is_id and _all_whole(values, name):
+                kind = pa.int64()
+            elif is_id and (pa.types.is_integer(field.type) or pa.types.is_floating(field.type)):
+                # leading zeros, text after the first numbers, or more digits than a number holds
+                kind = pa.string()
+            elif pa.types.is_string(field.type):
+                kind = _kind_between_names(values, name, self._form.decimal)
+            else:
+                kind = field.type
+            if _has_numbers(kind, values, self._form.decimal):
+                self._decimals.add(name)
+            schema = schema.set(place, pa.field(name, kind))
         return schema
 
     def id_columns(self) -> list[str]:
@@ -242,7 +279,20 @@ class TextFile:
                 continue
             text = pc.utf8_trim_whitespace(block[name])
             whole = pc.if_else(pc.match_substring_regex(text, WHOLE), text, pa.scalar(None))
+            whole = pc.replace_substring_regex(whole, r"\.0+$", "")
             block = block.set_column(place, name, whole.cast(pa.int64(), safe=False))
+        return block
+
+    def _with_points(self, block: pa.Table) -> pa.Table:
+        """Numbers with a point where the file has another sign: 15,99 as 15.99."""
+        if self._is_json or self._form.decimal == ".":
+            return block
+        for place, field in enumerate(self.schema):
+            values = block.column(place)
+            if field.name in self._decimals and is_text(values.type):
+                points = pc.replace_substring(values, self._form.decimal, ".")
+                points = pc.if_else(pc.match_substring_regex(points, DECIMAL), points, values)
+                block = block.set_column(place, field.name, points)
         return block
 
     # JSON lines --------------------------------------------------------------
@@ -250,19 +300,64 @@ class TextFile:
     def _first_json_schema(self) -> pa.Schema:
         """Numbers but ids as float64, and times as text: a later row may have a fraction."""
         options = json.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
-        found = json.open_json(self._stream(), read_options=options).schema
+        try:
+            found = json.open_json(self._stream(), read_options=options).schema
+        except pa.ArrowInvalid:
+            found, mixed = self._fields_of_one_type()
+            if len(found) == 0 or mixed & {*self._ids, *(self._columns or ())}:
+                raise
         fields = []
         for field in found:
-            if self._columns is not None and field.name not in self._columns:
-                continue
-            dtype = field.type
-            if pa.types.is_integer(dtype) and field.name not in self._ids:
-                dtype = pa.float64()
-            if pa.types.is_timestamp(dtype):
-                dtype = pa.string()
-            if not pa.types.is_null(dtype):
-                fields.append(pa.field(field.name, dtype))
+            if self._is_wanted(field.name) and (kind := self._json_type(field.name, field.type)):
+                fields.append(pa.field(field.name, kind))
         return pa.schema(fields)
+
+    def _fields_of_one_type(self) -> tuple[pa.Schema, set[str]]:
+        """The schema of the first lines without the fields that are a number here and an object
+        there, and the names of these.
+        """
+        rows: list[dict[str, Any]] = []
+        with self._stream() as stream:
+            for line in stream.read(BLOCK_BYTES).splitlines()[:-1]:
+                try:
+                    row = jsonlib.loads(line) if line.strip() else None
+                except ValueError:
+                    return pa.schema([]), set()  # Arrow says in which row
+                if isinstance(row, dict):
+                    rows.append(row)
+
+        fields, mixed = [], set[str]()
+        for name in dict.fromkeys(key for row in rows for key in row):
+            values = [row.get(name) for row in rows]
+            try:
+                fields.append(pa.field(name, pa.array(values).type))
+            except (pa.ArrowInvalid, pa.ArrowTypeError):
+                mixed.add(name)
+        return pa.schema(fields), mixed
+
+    def _is_wanted(self, name: str) -> bool:
+        if self._columns is None or name in self._columns:
+            return True
+        return self._form.flatten and any(holds_column(name, column) for column in self._columns)
+
+    def _json_type(self, name: str, found: pa.DataType) -> pa.DataType | None:
+        """The type that values of a column are read as; None where all that is known are nulls."""
+        if pa.types.is_null(found):
+            return None
+        if pa.types.is_integer(found) and name not in self._ids:
+            return pa.float64()
+        if pa.types.is_timestamp(found):
+            return pa.string()
+        if not self._form.flatten or not pa.types.is_struct(found):
+            return found
+
+        fields = []
+        for place in range(found.num_fields):
+            inner = found.field(place)
+            path = f"{name}.{inner.name}"
+            if self._is_wanted(path) and (kind := self._json_type(path, inner.type)):
+                fields.append(pa.field(inner.name, kind))
+        return pa.struct(fields) if fields else None
 
     def _open_json(self) -> Iterable[pa.RecordBatch]:
         return json.open_json(
@@ -274,9 +369,44 @@ class TextFile:
         )
 
 
-def _all_whole(column: pa.Array | pa.ChunkedArray) -> bool:
+def _all_whole(column: pa.Array | pa.ChunkedArray, name: str) -> bool:
+    """True for text of whole numbers; a line of names among the rows counts for nothing."""
     text = pc.utf8_trim_whitespace(column.drop_null())
-    return bool(pc.all(pc.match_substring_regex(text, WHOLE)).as_py() is not False)
+    whole = pc.or_(pc.match_substring_regex(text, WHOLE), pc.equal(text, name))
+    return bool(pc.all(whole).as_py() is not False)
+
+
+def _kind_between_names(column: pa.Array, name: str, decimal: str) -> pa.DataType:
+    """The type of a column that is text because the file's line of names comes again among its
+    rows, as where exports were joined.
+
+    price, 7.5, price, 8     double
+    """
+    is_name = pc.equal(column, name).fill_null(False)
+    if not pc.any(is_name).as_py():
+        return pa.string()
+    values = pc.utf8_trim_whitespace(column.filter(pc.invert(is_name)).drop_null())
+    values = pc.replace_substring(values, decimal, ".")
+    numbers = len(values) > 0 and pc.all(pc.match_substring_regex(values, DECIMAL)).as_py()
+    return pa.float64() if numbers else pa.string()
+
+
+def _has_numbers(kind: pa.DataType, column: pa.Array, decimal: str) -> bool:
+    """True for a column of numbers, or of text that mostly is numbers and has no other digits.
+
+    7,5 | 8 | n/a     yes
+    a,7 | 7,5         no
+    """
+    if is_number(kind) or pa.types.is_null(kind):
+        return True
+    if not is_text(kind):
+        return False
+    values = pc.utf8_trim_whitespace(column.drop_null())
+    points = pc.replace_substring(values, decimal, ".")
+    numbers = pc.match_substring_regex(points, DECIMAL)
+    others = values.filter(pc.invert(numbers))
+    words = not pc.any(pc.match_substring_regex(others, r"\d")).as_py()
+    return words and 2 * len(others) < len(values)
 
 
 class _Replaced(io.RawIOBase):

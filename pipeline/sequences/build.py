@@ -51,6 +51,7 @@ from pipeline.sequences.checked_logs import check_logs
 from pipeline.sequences.contents import (
     content_settings,
     digests_of_files,
+    form_settings,
     inputs_digest,
     inputs_of_parts,
     other_settings,
@@ -314,7 +315,7 @@ def _make_parts(
             name: config.to_dict(reading) for name, reading in rules.readings.items()
         }
     if rules.format != PLAIN:
-        settings["format"] = config.to_dict(rules.format)
+        settings["format"] = form_settings(rules.format)
     if rules.events.text_ids:  # parts without such columns keep their names
         settings["text_ids"] = rules.events.text_ids
     for column in rules.events.declared:  # so here

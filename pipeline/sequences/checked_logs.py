@@ -61,7 +61,8 @@ def check_logs(
         logger.warning("left out of the logs: %s", count_reasons(logs.left_out))
 
     ids = [logs.columns[name] for name in TEXT_IDS]
-    rows_of_files = rows_by_file(logs.files, source.format, ids)
+    named = [theirs for theirs in logs.columns.values() if theirs]
+    rows_of_files = rows_by_file(logs.files, source.format, ids, named)
     rows = sum(rows_of_files.values())
     num_buckets = sequences.num_buckets or fitting_buckets(source, rows)
     rules = log_rules(source, sequences, logs, num_buckets)

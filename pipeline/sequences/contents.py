@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config
-from pipeline.config import SequenceConfig, SideTable, SourceConfig
+from pipeline.config import FileFormat, SequenceConfig, SideTable, SourceConfig
 from pipeline.logs import LogFiles
 from pipeline.logs.files import PLAIN, file_digest, file_stamp
 from pipeline.sequences import store
@@ -20,6 +20,17 @@ from pipeline.sequences.side_tables import side_files
 from pipeline.sequences.store import Manifest
 
 logger = logging.getLogger(__name__)
+
+
+def form_settings(form: FileFormat) -> dict[str, Any]:
+    """The format's settings. Those that came later than others stand only where they are given:
+    parts and sequences without them keep their digests.
+    """
+    settings = config.to_dict(form)
+    for name in ("decimal", "flatten"):
+        if getattr(form, name) == getattr(PLAIN, name):
+            del settings[name]
+    return settings
 
 
 def content_settings(source: SourceConfig, sequences: SequenceConfig) -> dict[str, Any]:
@@ -31,6 +42,7 @@ def content_settings(source: SourceConfig, sequences: SequenceConfig) -> dict[st
     keys = ["columns", "actions", "request_columns"]
     if source.format != PLAIN:
         keys.append("format")
+        of_source["format"] = form_settings(source.format)
     if source.outcome_columns:  # sequences without such columns keep their digests
         keys.append("outcome_columns")
     return {
@@ -112,7 +124,9 @@ def side_digests(logs: LogFiles) -> list[object]:
             files = [file_digest(file) for file in side_files(name, table)]
             digests.append([name, table.id_column, files])
             if table.format != PLAIN:
-                digests.append([name, config.to_dict(table.format)])
+                digests.append([name, form_settings(table.format)])
+            if table.repeats != "refuse":
+                digests.append([name, table.repeats])
     return digests
 
 

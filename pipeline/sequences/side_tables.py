@@ -1,5 +1,6 @@
 """USER and ITEM tables of the source → side tables of the store."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from pipeline.logs.rows import read_schema, read_table
 from pipeline.sequences.forgotten import Forgotten
 from pipeline.sequences.quality.periods import distinct_ids
 from pipeline.sequences.store import Bucket, write_table
+
+logger = logging.getLogger(__name__)
 
 FEWEST_TO_JUDGE = 20  # ids, of which a table that is the right one has some
 
@@ -64,6 +67,7 @@ def read_side_table(
     with reading_file(f"source.{name}: {table.path}"):
         side = pa.concat_tables(files, promote_options="permissive")
     ids = _checked_ids(f"source.{name}", table, side, id_column, text=text)
+    chosen = _one_row_of_each(f"source.{name}", table, side, ids.codes)
 
     rest = side.drop_columns([table.id_column])
     if id_column in rest.column_names:
@@ -76,7 +80,10 @@ def read_side_table(
     for column in rest.column_names:
         columns[column] = rest[column]
     # the files' own schema metadata is left behind
-    return pa.table(columns).sort_by(id_column), ids.pairs
+    rows = pa.table(columns)
+    if len(chosen) < rows.num_rows:
+        rows = rows.take(pa.array(chosen))
+    return rows.sort_by(id_column), ids.pairs
 
 
 def check_feature_columns(
@@ -213,11 +220,35 @@ def _checked_ids(
     if ids.codes.null_count:
         raise UserError(f"{named} is null in {ids.codes.null_count} rows")
 
-    _, first, counts = np.unique(ids.codes.to_numpy(), return_index=True, return_counts=True)
-    if (counts > 1).any():
-        twice = column[int(first[counts > 1][0])].as_py()
-        raise UserError(f"{key}: {table.id_column} {twice} stands in several rows of {table.path}")
     return ids
+
+
+def _one_row_of_each(key: str, table: SideTable, side: pa.Table, codes: pa.Array) -> np.ndarray:
+    """Positions of the rows that are used, in order: one of each id, by `table.repeats`.
+
+    codes     7  9  7  8
+    first     0  1     3
+    last         1  2  3
+
+    Raises:
+        UserError: an id is repeated, and `repeats` does not say which row counts.
+    """
+    numbers = codes.to_numpy()
+    _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
+    repeated = first[counts > 1]
+    if not len(repeated):
+        return np.arange(len(numbers))
+
+    twice = side[table.id_column][int(repeated[0])].as_py()
+    others = f", as do {len(repeated) - 1} other ids" if len(repeated) > 1 else ""
+    found = f"{key}: {table.id_column} {twice} stands in several rows of {table.path}{others}"
+    if table.repeats == "refuse":
+        raise UserError(f"{found}; {key}.repeats=last, or first, says which of them counts")
+    logger.warning("%s: the %s row of each is used", found, table.repeats)
+    if table.repeats == "last":
+        _, from_end = np.unique(numbers[::-1], return_index=True)
+        return np.sort(len(numbers) - 1 - from_end)
+    return np.sort(first)
 
 
 def side_files(name: str, table: SideTable) -> list[str]:

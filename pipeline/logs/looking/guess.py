@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false
 
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,43 +14,50 @@ import pyarrow.compute as pc
 
 from pipeline.config import ColumnReading
 from pipeline.logs.columns import is_number, is_text, plain_values
+from pipeline.logs.ids import id_kind
 from pipeline.logs.times import NUMBER, guess_unit, needs_zone, read_times
 from pipeline.schema import LOG_OPTIONAL, RESERVED
 
-USER = re.compile(r"^(.*_)?(user|uid|visitor|customer|client|member|reviewer|msno|person)")
-ITEM = re.compile(
-    r"^(item|product|parent_asin|asin|video|movie|track|song|article|news|content|book|ad_?id|"
-    r"sku|campaign|business|listing|offer|doc)"
+USER = re.compile(
+    r"^(.*_)?(user|uid|visitor|customer|client|member|reviewer|msno|person|listener|viewer|reader|"
+    r"subscriber|player|account|kunde|nutzer|benutzer|usuario|utilisateur)"
 )
-TIME = re.compile(r"(time|^ts$|date|^t_|created|_at$)")
+ITEM = re.compile(
+    r"^(item|product|parent_asin|asin|video|movie|film|track|song|article|news|content|book|ad_?id|"
+    r"sku|campaign|business|listing|offer|doc|episode|podcast|recipe|artikel|produkt|produit)"
+)
+TIME = re.compile(r"(time|^ts$|date|^t_|created|_at$|zeit|datum|fecha)")
 ORDER = re.compile(r"^(position|order|seq|step|rank|index)$")
-EVENT = re.compile(r"^(event|action|behavio|feedback|interaction|type$)")
+EVENT = re.compile(r"^(event|action|behavio|feedback|interaction|type$|ereignis|aktion)")
 STARS = re.compile(r"(rating|stars?$|score|overall|grade)")
 SHARE = re.compile(r"(ratio|percent|pct|completion)")
 WATCH = re.compile(
     r"(watch|play|dwell|listen|spent|viewed).*(ms|sec|time|length|duration)|watch_ms"
 )
-PRICE = re.compile(r"(price|amount|revenue|cost)")
+PRICE = re.compile(r"(price|amount|revenue|cost|preis|prix|precio)")
 REQUEST = re.compile(
-    r"^(tab|surface|device|os|platform|page|channel|region|country|browser|slot|is_organic)"
+    r"^(tab|surface|device|os|platform|page|channel|region|country|browser|slot|is_organic|kanal)"
 )
-FORMATS = (
-    "%m/%d/%Y %I:%M:%S %p",
-    "%m %d, %Y",
-    "%d.%m.%Y %H:%M",
-    "%d.%m.%Y",
-    "%d/%m/%Y %H:%M:%S",
-    "%d/%m/%Y %H:%M",
-    "%d/%m/%Y",
-    # where no day comes first
-    "%m/%d/%Y %H:%M:%S",
-    "%m/%d/%Y %H:%M",
-    "%m/%d/%Y",
-    "%Y/%m/%d %H:%M:%S",
-    "%Y%m%d",
-)
+PANDAS_INDEX = re.compile(r"^__index_level_\d+__$")
+# those with AM and PM first, and the day before the month where both can be
+DATES = ("%d.%m.%Y", "%d/%m/%Y", "%d-%m-%Y", "%m/%d/%Y", "%m-%d-%Y", "%Y/%m/%d", "%Y.%m.%d")
+WORDY_DATES = ("%d %b %Y", "%d-%b-%Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y")
+CLOCKS = (" %H:%M:%S", " %H:%M:%S.%f", " %H:%M", "", ", %H:%M:%S", ", %H:%M", "T%H:%M:%S")
 MOST_ACTIONS, MOST_VALUES = 8, 50
 SHARE_OF_STARS = 0.8  # 4 of 5, 8 of 10
+
+
+def _formats() -> Iterator[str]:
+    """Forms of times that are no ISO 8601, in the order in which they are tried."""
+    for date in ("%m/%d/%Y", "%d/%m/%Y"):
+        yield from (f"{date}{clock}" for clock in (" %I:%M:%S %p", " %I:%M %p"))
+    for date in (*DATES, *WORDY_DATES):
+        yield from (f"{date}{clock}" for clock in CLOCKS)
+    yield from ("%m %d, %Y", "%d/%b/%Y:%H:%M:%S %z", "%a %b %d %H:%M:%S %z %Y", "%Y%m%d")
+    yield from ("%Y%m%d%H%M%S", "%Y%m%d %H:%M:%S")
+
+
+FORMATS = tuple(_formats())
 
 
 @dataclass
@@ -64,17 +72,25 @@ class Guess:
     times: pa.Array | None = None  # int64 ms of the sample
     missing: list[str] = field(default_factory=list)  # what no column was found for
 
+    def column_of(self, ours: str) -> str:
+        """Name in the files of a column of ours."""
+        given = self.columns.get(ours, ours)
+        return given["column"] if isinstance(given, dict) else given
 
-def guess_columns(rows: pa.Table, request_id: str | None = None) -> Guess:
+
+def guess_columns(
+    rows: pa.Table, request_id: str | None = None, as_text: Collection[str] = ()
+) -> Guess:
     """The columns' meanings from some of the rows.
 
     Args:
         request_id: column that is known to tell apart what was shown together.
+        as_text: columns that are text in some files and numbers in others.
     """
     values = {}
     for name in rows.column_names:
         column = plain_values(rows[name])
-        if not pa.types.is_nested(column.type):
+        if not pa.types.is_nested(column.type) and not PANDAS_INDEX.match(name):
             values[name] = column
 
     guess = Guess()
@@ -82,7 +98,7 @@ def guess_columns(rows: pa.Table, request_id: str | None = None) -> Guess:
         guess.columns["request_id"] = request_id
         guess.roles[request_id] = "request"
     _guess_time(values, guess)
-    _guess_ids(values, guess)
+    _guess_ids(values, guess, as_text)
     _guess_actions(values, guess)
     _guess_others(values, guess)
     for name in values:
@@ -163,7 +179,9 @@ def time_option(name: str, column: pa.Array) -> dict[str, Any] | None:
     if pc.all(pc.match_substring_regex(trimmed, NUMBER)).as_py():
         return time_option(name, trimmed.cast(pa.float64()))
     options: list[dict[str, Any]] = [{}, {"zone": "UTC"}]
-    options += [{"format": form, "zone": "UTC"} for form in FORMATS]
+    for form in FORMATS:
+        zone = {} if "%z" in form else {"zone": "UTC"}
+        options.append({"format": form, **zone})
     for option in options:
         times = read_times(column, ColumnReading(column=name, **option))
         if times.null_count <= 0.01 * len(times):
@@ -174,13 +192,15 @@ def time_option(name: str, column: pa.Array) -> dict[str, Any] | None:
 # Ids -------------------------------------------------------------------------
 
 
-def _guess_ids(values: dict[str, pa.Array], guess: Guess) -> None:
+def _guess_ids(values: dict[str, pa.Array], guess: Guess, as_text: Collection[str]) -> None:
     """By name; without names the first column with fewer values than rows is the user, and the one
     with the most values of the others the item.
     """
     for ours, pattern in (("user_id", USER), ("item_id", ITEM)):
-        named = [name for name in _left(values, guess) if pattern.match(plain_name(name))]
-        named = [name for name in named if not _is_flag(values[name])]
+        named = []
+        for name in _left(values, guess):
+            if pattern.match(plain_name(name)) and _may_be_id(values[name]):
+                named.append(name)
         exact = [name for name in named if re.search(r"id$|asin$", plain_name(name))]
         choice = (exact or named)[:1]
         if not choice:
@@ -191,15 +211,30 @@ def _guess_ids(values: dict[str, pa.Array], guess: Guess) -> None:
 
         name = choice[0]
         guess.roles[name] = "user" if ours == "user_id" else "item"
-        if name != ours:
+        if name in as_text:
+            guess.columns[ours] = {"column": name, "text": True}
+        elif name != ours:
             guess.columns[ours] = name
 
 
-def _by_values(values: dict[str, pa.Array], guess: Guess, ours: str) -> list[str]:
+def _may_be_id(column: pa.Array) -> bool:
+    """True for values that ids can be: no flags, and no numbers with a fraction."""
+    kind = column.type
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        number = column.drop_null().cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        number = number[np.isfinite(number)]
+        whole = len(number) > 0 and bool((number == np.floor(number)).all())
+        return whole and not _is_flag(column)
+    return id_kind(kind) is not None and not _is_flag(column)
+
+
+def _by_values(values: pa.Array, guess: Guess, ours: str) -> list[str]:
+    """Columns whose names say nothing of another meaning."""
+    meanings = [USER if ours == "item_id" else ITEM, TIME, EVENT, STARS, SHARE, WATCH, PRICE]
     found = []
     for name in _left(values, guess):
-        column = values[name]
-        if not pa.types.is_integer(column.type) and not is_text(column.type):
+        column, plain = values[name], plain_name(name)
+        if not _may_be_id(column) or any(pattern.search(plain) for pattern in meanings):
             continue
         distinct, rows = pc.count_distinct(column).as_py(), len(column)
         if rows <= 2 * MOST_ACTIONS or not MOST_ACTIONS < distinct <= rows * 0.95:
@@ -244,7 +279,7 @@ def _guess_actions(values: dict[str, pa.Array], guess: Guess) -> None:
             ours = log_name(name, taken)
             guess.actions[ours] = {"column": name, "equals": 1}
             guess.roles[name] = f"action {ours}"
-        elif _is_flag(column) and not REQUEST.match(plain):
+        elif _is_flag(column) and not REQUEST.match(plain_name(name.rpartition(".")[2])):
             ours = log_name(name, taken)
             number = column.cast(pa.float64(), safe=False) if is_number(column.type) else None
             option: dict[str, Any] = {"column": name}
@@ -296,6 +331,7 @@ def _guess_others(values: dict[str, pa.Array], guess: Guess) -> None:
     taken = set(guess.actions)
     for name in _left(values, guess):
         column, plain = values[name], plain_name(name)
+        leaf = plain_name(name.rpartition(".")[2])  # of the field of an object
         if WATCH.search(plain) and is_number(column.type) and "watch_ms" not in guess.columns:
             number = column.drop_null().cast(pa.float64(), safe=False).to_numpy()
             in_seconds = len(number) > 0 and np.nanmedian(number) < 1000
@@ -307,7 +343,7 @@ def _guess_others(values: dict[str, pa.Array], guess: Guess) -> None:
             if ours != name:
                 guess.columns[ours] = name
             guess.roles[name] = "outcome"
-        elif REQUEST.match(plain) and pc.count_distinct(column).as_py() <= MOST_VALUES:
+        elif REQUEST.match(leaf) and pc.count_distinct(column).as_py() <= MOST_VALUES:
             ours = log_name(name, taken)
             guess.request.append(ours)
             if is_text(column.type):

@@ -16,6 +16,7 @@ from pipeline.logs.times import show_time
 HOUR_MS = 3_600_000
 FAR_PAST = datetime(2000, 1, 1, tzinfo=UTC).timestamp() * 1000  # of sequences.earliest_time
 MOST_INLINE = 80  # characters
+ZONE_NOTE = " # no offset stands in the values: is this the zone they were written in?"
 STEPS_WANTED = 60  # of an epoch, where the users are few
 
 
@@ -60,6 +61,10 @@ def _form(form: FileFormat) -> dict[str, Any]:
         given["separator"] = form.separator
     if form.names:
         given["names"] = list(form.names)
+    if form.decimal != ".":
+        given["decimal"] = form.decimal
+    if form.flatten:
+        given["flatten"] = True
     if form.encoding != "utf8":
         given["encoding"] = form.encoding
     if form.impressions is not None:
@@ -76,7 +81,8 @@ def _source(logs: Sample, guess: Guess, users: SideGuess | None, items: SideGues
     if guess.columns:
         lines.append("  columns: # our name: yours, or how it is read")
         for name, given in guess.columns.items():
-            lines.append(_dump({name: given}, 4))
+            note = ZONE_NOTE if isinstance(given, dict) and "zone" in given else ""
+            lines.append(_dump({name: given}, 4) + note)
     lines.append("  actions: # what a user did; the value or the bound that means yes")
     for name, given in guess.actions.items():
         lines.append(f"    {name}:" if given is None else _dump({name: given}, 4))
@@ -89,6 +95,8 @@ def _source(logs: Sample, guess: Guess, users: SideGuess | None, items: SideGues
             table: dict[str, Any] = {"path": side.sample.path, "id_column": side.id_column}
             if form := _form(side.sample.format):
                 table["format"] = form
+            if side.repeated:
+                table["repeats"] = "last"
             lines.append(_dump({key: table}, 2))
     return "\n".join(lines)
 
@@ -135,7 +143,7 @@ def _features(guess: Guess, users: SideGuess | None, items: SideGuess | None) ->
 
 def _model_and_training(logs: Sample, guess: Guess) -> str:
     """A small model, and batches that give an epoch some steps."""
-    name = guess.columns.get("user_id", "user_id")
+    name = guess.column_of("user_id")
     users = len(logs.rows[name].unique()) if name in logs.rows.column_names else 1
     batch = int(np.clip(users // STEPS_WANTED, 2, 64))
     steps = 2 * math.ceil(users / batch)

@@ -5,14 +5,20 @@
 
 import codecs
 import re
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import FileFormat, Impressions, UserError
-from pipeline.logs.columns import is_text, plain_values
+from pipeline.logs.columns import is_number, is_text, plain_values
 from pipeline.logs.files import PLAIN, find_files, locate, total_bytes
+from pipeline.logs.flattening import flat_rows
 from pipeline.logs.impressions import is_list, spread_rows
 from pipeline.logs.looking.guess import ITEM, plain_name
 from pipeline.logs.parquet import count_reasons
@@ -20,10 +26,13 @@ from pipeline.logs.rows import open_rows
 from pipeline.logs.text_files import CSV_ENDINGS, JSON_ENDINGS, PACKED_ENDINGS, text_kind
 
 SAMPLE_ROWS = 100_000
+MOST_PLACES = 8  # files, groups of a Parquet file, or places of a text file
+PLACE_BYTES = 2**20
 FIRST_BYTES = 2**16
 SEPARATORS = ("\t", "::", ",", ";", "|", "\x01")
 MIN_COLUMNS = 2
 LABELLED = r"^\S+-[01](\s\S+-[01])*$"  # items that were shown, and if each was clicked
+Value = TypeVar("Value")
 VALUE = re.compile(r"^-?\d+(\.\d+)?$|^\d{4}-\d\d-\d\d")  # no name of a column
 
 
@@ -39,6 +48,7 @@ class Sample:
     rows: pa.Table  # one exposure each, where the files have lists of them
     is_whole: bool  # `rows` are all there are
     request_id: str | None = None  # of lists of exposures, the column that tells them apart
+    as_text: frozenset[str] = frozenset()  # columns that are text in some files, numbers in others
 
 
 def take_sample(path: str, key: str) -> Sample:
@@ -58,10 +68,12 @@ def take_sample(path: str, key: str) -> Sample:
         form = guess_format(files[0])
 
     left_out = {file: why for file, why in found.left_out.items() if file not in files}
-    rows, is_whole = _first_rows(files, form)
+    pieces, is_whole = _first_rows(files, form)
+    rows = _joined(pieces)
     if rows.num_rows == 0:
         raise UserError(f"{key}: the files at {path!r} have no rows")
-    return Sample(path, files, left_out, total_bytes(files), form, rows, is_whole)
+    found = Sample(path, files, left_out, total_bytes(files), form, rows, is_whole)
+    return replace(found, as_text=_numbers_beside_text(pieces))
 
 
 def spread_sample(sample: Sample) -> Sample:
@@ -75,6 +87,12 @@ def spread_sample(sample: Sample) -> Sample:
         rows=spread_rows(sample.rows, how),
         request_id=_distinct_column(sample.rows, how),
     )
+
+
+def flat_sample(sample: Sample) -> Sample:
+    """The sample with the fields of its objects as columns."""
+    form = replace(sample.format, flatten=True)
+    return replace(sample, format=form, rows=flat_rows(sample.rows))
 
 
 def guess_impressions(rows: pa.Table) -> Impressions | None:
@@ -163,9 +181,19 @@ def guess_format(file: str) -> FileFormat:
     return FileFormat(
         kind=None if known or not has_names else "csv",
         separator=None if separator == usual and known else separator,
+        decimal="," if separator != "," and _has_decimal_commas(lines, separator) else ".",
         names=() if has_names else tuple(f"column_{i + 1}" for i in range(len(first))),
         encoding=encoding,
     )
+
+
+def _has_decimal_commas(lines: list[str], separator: str) -> bool:
+    """True for columns such as 15,99, and none such as 15.99."""
+    cells: list[str] = []
+    for line in lines:
+        cells += [cell.strip().strip('"') for cell in line.split(separator)]
+    commas = any(re.fullmatch(r"-?\d+,\d+", cell) for cell in cells)
+    return commas and not any(re.fullmatch(r"-?\d+\.\d+", cell) for cell in cells)
 
 
 def _guess_separator(lines: list[str]) -> str | None:
@@ -179,28 +207,142 @@ def _guess_separator(lines: list[str]) -> str | None:
     return None if best is None else best[1]
 
 
-def _first_rows(files: list[str], form: FileFormat) -> tuple[pa.Table, bool]:
-    """Rows of the first file, and of the last where the first has too few."""
-    pieces, count = [], 0
-    for place, file in enumerate(dict.fromkeys([files[0], files[-1]])):
-        with open_rows(file, form, ids=_all_columns(file, form), count=False) as rows:
-            groups = range(len(rows.group_rows()))
-            for block in rows.blocks(SAMPLE_ROWS, groups):
-                typed = _typed(block, rows.schema)
-                pieces.append(typed.slice(0, SAMPLE_ROWS - count))
-                count += pieces[-1].num_rows
-                if count >= SAMPLE_ROWS:
-                    return pa.concat_tables(pieces, promote_options="permissive"), False
-        if place == 1:
-            break
-    if not pieces:
-        return pa.table({}), True
-    return pa.concat_tables(pieces, promote_options="permissive"), len(files) <= len(pieces)
+def _first_rows(files: list[str], form: FileFormat) -> tuple[list[pa.Table], bool]:
+    """The first rows of some files, the first and the last among them, and True if they are all
+    there are.
+    """
+    chosen = _spread_over(files, MOST_PLACES)
+    most = SAMPLE_ROWS // len(chosen)
+    pieces, is_whole = [], len(chosen) == len(files)
+    for file in chosen:
+        found, all_of_it = _some_rows(file, form, most)
+        pieces += found
+        is_whole &= all_of_it
+    return pieces, is_whole
 
 
-def _all_columns(file: str, form: FileFormat) -> list[str]:
+def _spread_over(values: Sequence[Value], most: int) -> list[Value]:
+    """At most so many of the values, the first and the last among them."""
+    places = np.unique(np.linspace(0, len(values) - 1, most).astype(int))
+    return [values[place] for place in places]
+
+
+def _some_rows(file: str, form: FileFormat, most: int) -> tuple[list[pa.Table], bool]:
+    """At most so many rows of a file, from its beginning to its end, and True if these are all."""
+    kind = text_kind(file, form)
+    if kind is not None and (excerpt := _excerpt(file, form, most)) is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            short = Path(folder) / Path(file).name
+            short.write_bytes(excerpt)
+            try:
+                return _some_rows(str(short), replace(form, kind=kind), most)[0], False
+            except UserError:  # a place within a quoted value: the beginning is enough to go by
+                pass
+
+    pieces, is_whole = [], True
+    with open_rows(file, form, ids=_possible_ids(file, form), count=False) as rows:
+        groups = list(range(len(rows.group_rows())))
+        chosen = _spread_over(groups, MOST_PLACES)
+        of_group = max(1, most // max(len(chosen), 1))
+        is_whole &= len(chosen) == len(groups)
+        for group in chosen:
+            count = 0
+            for block in rows.blocks(of_group + 1, [group]):
+                block = _without_names(block)
+                pieces.append(_typed(block, rows.schema).slice(0, of_group - count))
+                count += block.num_rows
+                if count > of_group:
+                    is_whole = False
+                    break
+    return pieces, is_whole
+
+
+def _excerpt(file: str, form: FileFormat, most: int) -> bytes | None:
+    """About so many lines from some places of a large text file, its line of names first; None
+    where it is small, packed, or has no lines of single bytes.
+    """
+    filesystem, inner, _ = locate(file)
+    size = filesystem.get_file_info(inner).size
+    packed = inner.lower().endswith(PACKED_ENDINGS)
+    if packed or size < 2 * MOST_PLACES * PLACE_BYTES or form.encoding not in ("utf8", "latin-1"):
+        return None
+
+    with filesystem.open_input_file(inner) as stream:
+        lines = stream.read(PLACE_BYTES).split(b"\n")[:-1][: most // MOST_PLACES]
+        for place in np.linspace(0, size - PLACE_BYTES, MOST_PLACES).astype(int)[1:]:
+            stream.seek(int(place))
+            # the first and the last are parts of lines
+            lines += stream.read(PLACE_BYTES).split(b"\n")[1:-1][: most // MOST_PLACES]
+    return b"\n".join(lines) + b"\n"
+
+
+def _without_names(block: pa.Table) -> pa.Table:
+    """The block without lines of names that come again, as where exports were joined."""
+    is_names = np.ones(block.num_rows, bool)
+    compared = False
+    for name in block.column_names:
+        if is_text(block.schema.field(name).type):
+            equal = pc.equal(block[name], name).fill_null(False)
+            is_names &= equal.to_numpy()
+            compared = True
+    return block.filter(pa.array(~is_names)) if compared and is_names.any() else block
+
+
+def _joined(pieces: list[pa.Table]) -> pa.Table:
+    """One table, empty of no pieces. A column that is text in some files and something else in
+    others is text.
+
+    true, false | 1, 0     1, 0, 1, 0
+    7 | "A7"               "7", "A7"
+    """
+    kinds: dict[str, list[pa.DataType]] = {}
+    for piece in pieces:
+        for field in piece.schema:
+            kinds.setdefault(field.name, []).append(field.type)
+
+    aligned = list(pieces) or [pa.table({})]
+    for name, found in kinds.items():
+        try:
+            pa.unify_schemas(
+                [pa.schema({name: kind}) for kind in found], promote_options="permissive"
+            )
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            common = pa.int64() if all(map(_is_count, found)) else pa.string()
+            aligned = [_with_type(piece, name, common) for piece in aligned]
+    return pa.concat_tables(aligned, promote_options="permissive")
+
+
+def _numbers_beside_text(pieces: list[pa.Table]) -> frozenset[str]:
+    """The columns that are text in some of the files and numbers in others."""
+    texts, numbers = set[str](), set[str]()
+    for piece in pieces:
+        for field in piece.schema:
+            if is_text(field.type):
+                texts.add(field.name)
+            elif is_number(field.type):
+                numbers.add(field.name)
+    return frozenset(texts & numbers)
+
+
+def _is_count(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+
+
+def _with_type(piece: pa.Table, name: str, kind: pa.DataType) -> pa.Table:
+    place = piece.schema.get_field_index(name)
+    if place < 0:
+        return piece
+    values = plain_values(piece[name])
+    if pa.types.is_nested(values.type):
+        return piece.remove_column(place)  # beside a file where it is no object or list
+    return piece.set_column(place, name, values.cast(kind))
+
+
+def _possible_ids(file: str, form: FileFormat) -> list[str]:
+    """The columns that keep their leading zeros: not numbers with decimals."""
     with open_rows(file, form) as rows:
-        return rows.schema.names
+        fields = [field for field in rows.schema if not pa.types.is_floating(field.type)]
+    return [field.name for field in fields]
 
 
 def _typed(block: pa.Table, schema: pa.Schema) -> pa.Table:

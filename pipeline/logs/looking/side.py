@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.logs.columns import is_number, is_text, plain_values
-from pipeline.logs.looking.guess import ITEM, USER, plain_name
+from pipeline.logs.looking.guess import ITEM, PANDAS_INDEX, USER, plain_name
 from pipeline.logs.looking.sample import Sample
 
 MOST_CATEGORIES = 5000
+UNIQUE = 0.9  # of a column of ids, the share of different ones: a few may be repeated
 FEW_NUMBERS = 32  # different whole numbers up to here are categories
 WORTH = 0.5  # of a category's values, the share of rows that may be alone with theirs
 SHARE_OF_LISTS = 0.2  # of texts that have a | between their parts, as genres have
@@ -30,25 +31,30 @@ class SideGuess:
     sample: Sample
     id_column: str
     joined: float  # share of the logs' sampled ids that the sampled table has
+    repeated: int = 0  # rows of the sample whose id an earlier one has
     features: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def guess_side(sample: Sample, side: str, ids: pa.Array, id_name: str) -> SideGuess:
     """The table of `side`, users or items; `ids` are the logs', from their column `id_name`."""
-    columns = {name: plain_values(sample.rows[name]) for name in sample.rows.column_names}
+    columns: dict[str, pa.Array] = {}
+    for name in sample.rows.column_names:
+        if not PANDAS_INDEX.match(name):
+            columns[name] = plain_values(sample.rows[name])
     wanted = set(_texts(ids))
     pattern = USER if side == "users" else ITEM
     shares: dict[str, float] = {}
     for name, column in columns.items():
         is_id = pa.types.is_integer(column.type) or is_text(column.type)
-        if is_id and pc.count_distinct(column).as_py() == len(column):
+        if is_id and pc.count_distinct(column).as_py() >= UNIQUE * len(column):
             shares[name] = len(wanted & set(_texts(column))) / max(len(wanted), 1)
 
     def fitness(name: str) -> tuple[float, bool, bool]:
         return round(shares[name], 2), name == id_name, bool(pattern.match(plain_name(name)))
 
     best = max(shares, key=fitness, default=next(iter(columns)))
-    guess = SideGuess(sample, best, shares.get(best, 0))
+    repeated = len(columns[best]) - pc.count_distinct(columns[best]).as_py()
+    guess = SideGuess(sample, best, shares.get(best, 0), repeated)
     for name, column in columns.items():
         kind = _feature(name, column) if name != guess.id_column else None
         if kind is not None and len(guess.features) < MOST_FEATURES:
@@ -62,6 +68,11 @@ def _share_with_bars(column: pa.Array) -> float:
 
 
 def _texts(column: pa.Array) -> list[str]:
+    """The different values as text; whole numbers without decimals, as ids are."""
+    if pa.types.is_floating(column.type):
+        column = column.filter(pc.is_finite(column))
+        if pc.all(pc.equal(pc.floor(column), column)).as_py():
+            column = column.cast(pa.int64(), safe=False)
     return [str(value) for value in column.drop_null().unique().to_pylist()]
 
 
