@@ -61,7 +61,8 @@ def test_all_that_is_broken_is_one_message():
         "  checks.min_users is 20, found 10 users",
         "  checks.max_quarantined_share is 0.1, found 20.00%: rows are bad: click_not_0_1 15, "
         "exact_duplicate 5",
-        "  checks.max_user_share is 0.1, found 25.88%: good rows are of user 7: 22",
+        "  checks.max_user_share is 0.1, found 25.88%: good rows are of user 7: 22 (taken out "
+        "by jobs.forget_user once published)",
         "  checks.action_rate.click is [0.3, 0.4], found 0.2000: 10 of 50 known rows",
         "  hint: look at the clock",
     ]

@@ -177,7 +177,7 @@ def find_text_ids(schemas: Mapping[str, pa.Schema], rules: LogRules) -> tuple[st
                 types[file] = schema.field(theirs).type
 
         called_text = name in rules.readings and rules.readings[name].text
-        if called_text or is_text_id(name, types):
+        if called_text or is_text_id(name, types, rules.columns[name]):
             found.append(name)
     return tuple(found)
 

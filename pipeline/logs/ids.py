@@ -61,8 +61,11 @@ def id_kind(dtype: pa.DataType) -> Literal["integer", "text"] | None:
     return "text" if types.is_fixed_size_binary(dtype) else None
 
 
-def is_text_id(name: str, types: Mapping[str, pa.DataType]) -> bool:
+def is_text_id(name: str, types: Mapping[str, pa.DataType], column: str = "NAME") -> bool:
     """True if the id is text in these files, file -> type of its column; all are of one kind.
+
+    Args:
+        column: the files' name of it, for the message.
 
     Raises:
         UserError: it is text in one file and a number in another.
@@ -77,16 +80,16 @@ def is_text_id(name: str, types: Mapping[str, pa.DataType]) -> bool:
         text, number = first["text"], first["integer"]
         raise UserError(
             f"{name} is text in {text} ({types[text]}) and a number in {number} ({types[number]}): "
-            f"write it alike in all files, or {as_text_advice(name)}"
+            f"write it alike in all files, or {as_text_advice(name, column)}"
         )
     return "text" in first
 
 
-def as_text_advice(name: str) -> str:
+def as_text_advice(name: str, column: str = "NAME") -> str:
     """How to have numbers read as text."""
     return (
-        f"set source.columns.{name}={{column: NAME, text: true}}, which reads a number as the text "
-        "of its digits"
+        f"set source.columns.{name}={{column: {column}, text: true}}, which reads a number as the "
+        "text of its digits"
     )
 
 

@@ -210,7 +210,8 @@ def log_hints(totals: Statistics, rules: LogRules) -> list[str]:
     for name in NAMED_IDS:
         bad = sum(totals.quarantined.get(reason, 0) for reason in reasons_of_hashes(name))
         if bad > MANY_HASHES * totals.rows_in:
-            found.append(f"if {name} is a hash of 64 bits, signed or not: {as_text_advice(name)}")
+            advice = as_text_advice(name, rules.columns[name])
+            found.append(f"if {name} is a hash of 64 bits, signed or not: {advice}")
 
     for action in positives_only(totals, rules):
         found.append(
