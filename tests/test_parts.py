@@ -89,7 +89,7 @@ def test_a_file_that_comes_again_under_another_name_is_known(
     cfg = folder(tmp_path, "a", day(0), day(1))
     first = build_sequences(cfg)
     add(cfg, "again", day(1))
-    monkeypatch.setattr(build, "build_version", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(build, "build_files", lambda *_: pytest.fail("built again"))
     assert build_sequences(cfg, append=True) == first
     assert build_sequences(cfg) == first
     assert first.quarantined["exact_duplicate"] == 2

@@ -304,7 +304,7 @@ def test_build_once_then_nothing_to_do_then_refuse_then_overwrite(
     cfg = config_for(tmp_path, log())
     first = build_sequences(cfg)
     with monkeypatch.context() as patch:
-        patch.setattr(build, "build_version", lambda *_: pytest.fail("built again"))
+        patch.setattr(build, "build_files", lambda *_: pytest.fail("built again"))
         assert build_sequences(cfg) == first
     capped = with_sequences(cfg, max_rows_per_user=3)
     with pytest.raises(

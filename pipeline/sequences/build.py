@@ -14,8 +14,10 @@ pipeline/sequences/versions.py verifies and publishes.
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,9 +187,8 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
     logs, rules, rows_of_files = check_logs(cfg.source, cfg.sequences, cfg.features, cfg.run_dir)
     folder = cfg.sequence_dir
 
-    with lock_folder(folder):
-        files = digests_of_files(logs.files, folder)
-        present = files
+    with lock_folder(folder), ThreadPoolExecutor(max_workers=1) as beside:
+        files = present = digests_of_files(logs.files, folder)
         sides = side_digests(logs)
         settings = content_settings(cfg.source, cfg.sequences)
         published = None if overwrite else published_version(folder)
@@ -208,22 +209,36 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
 
         with workers(cfg.ray, cfg.runs_dir) as run:
             made = _make_parts(cfg.sequences, files, rules, folder, run)
-            new_parts = made if held else []
-            inputs = _list_inputs(logs, rows_of_files, present, held, made)
-            try:
-                manifest = build_version(
-                    cfg, logs, rules, [*held, *made], new_parts, published, run, inputs
-                )
-                if cfg.checks.drift:
-                    refuse_drift(folder, readable_version(folder), manifest, cfg.drift)
-            except UserError:
-                # the logs need not be read again by the next build, of a mended setting
-                remove_unpublished(folder, made)
-                raise
+            all_parts = [*held, *made]
+            building = bucket_rules(
+                cfg.sequences, cfg.features, cfg.split, rules, all_parts, cfg.run_dir
+            )
+            with _removing_refused(folder, made):
+                built = build_files(folder, logs, rules, all_parts, published, building, run)
 
+            # a cluster takes a second to end, in which nothing else would be done
+            inputs = _list_inputs(logs, rows_of_files, present, held, made)
+            new_parts = made if held else []
+            checking = beside.submit(
+                check_version, cfg, logs, rules, all_parts, new_parts, published, built, inputs
+            )
+        with _removing_refused(folder, made):
+            manifest = checking.result()
         publish_version(folder, manifest)
     _tell_capped(manifest, cfg.sequences.max_rows_per_user)
     return manifest
+
+
+@contextmanager
+def _removing_refused(folder: Path, made: Sequence[Part]) -> Iterator[None]:
+    """Remove what a refused build has written, but for its parts: the logs need not be read again
+    by the next build, of a mended setting.
+    """
+    try:
+        yield
+    except UserError:
+        remove_unpublished(folder, made)
+        raise
 
 
 def _tell_capped(manifest: Manifest, max_rows_per_user: int) -> None:
@@ -297,7 +312,11 @@ def _file_order(all_parts: Sequence[Part], live_dir: Path) -> dict[int, int]:
 
 
 def _make_parts(
-    sequences: SequenceConfig, files: dict[str, str], rules: LogRules, folder: Path, run: Workers
+    sequences: SequenceConfig,
+    files: Mapping[str, str],
+    rules: LogRules,
+    folder: Path,
+    run: Workers,
 ) -> list[Part]:
     """The parts of these files, digest -> path; those that a killed build finished are found."""
     forgotten = read_forgotten(folder)
@@ -338,36 +357,59 @@ def _make_parts(
     return found + run("reading the logs", write, missing, memory)
 
 
-def build_version(
-    cfg: RunConfig,
+@dataclass(frozen=True)
+class BuiltFiles:
+    """The files of a version, not yet held against its limits."""
+
+    side_tables: Mapping[str, Bucket]
+    dictionaries: dict[str, dict[str, Bucket]]  # by column and number
+    work: Sequence[BucketWork]
+    records: Sequence[Record]
+
+
+def build_files(
+    folder: Path,
     logs: LogFiles,
     rules: LogRules,
     all_parts: Sequence[Part],
-    new_parts: Sequence[Part],
     published: Manifest | None,
+    building: BucketRules,
     run: Workers,
-    inputs: report.InputFiles,
-) -> Manifest:
-    """The version that `all_parts` make, all its files written, not yet published. Only touched
-    buckets are built.
+) -> BuiltFiles:
+    """The files of the version that `all_parts` make. Only touched buckets are built.
 
     Raises:
-        UserError: too many rows are bad, among all or among those of `new_parts`, or a side table
-            cannot be used.
+        UserError: a side table cannot be used.
     """
-    folder = cfg.sequence_dir
-    settings = content_settings(cfg.source, cfg.sequences)
-    retired = published.retired if published else {}
     side_tables, side_pairs = _write_side_tables(logs, rules, folder)
 
     pairs = _new_pairs(all_parts, published, side_pairs)
     before = published.dictionaries if published else {}
     dictionaries = write_dictionaries(folder, pairs, before, rules.num_buckets, run)
 
-    building = bucket_rules(cfg.sequences, cfg.features, cfg.split, rules, all_parts, cfg.run_dir)
-    work = plan_buckets(all_parts, retired, building)
+    work = plan_buckets(all_parts, published.retired if published else {}, building)
     records = build_buckets(folder, work, building, run)
+    return BuiltFiles(side_tables, dictionaries, work, records)
 
+
+def check_version(
+    cfg: RunConfig,
+    logs: LogFiles,
+    rules: LogRules,
+    all_parts: Sequence[Part],
+    new_parts: Sequence[Part],
+    published: Manifest | None,
+    built: BuiltFiles,
+    inputs: report.InputFiles,
+) -> Manifest:
+    """The manifest of these files, which are counted, reported and held against all limits.
+
+    Raises:
+        UserError: too many rows are bad, among all or among those of `new_parts`, a side table
+            joins too little, or the version is too far from the one before.
+    """
+    folder = cfg.sequence_dir
+    side_tables, dictionaries, records = built.side_tables, built.dictionaries, built.records
     _check_joins(cfg.checks.min_joined_share, rules, folder, side_tables, dictionaries, records)
     periods = report_periods(cfg.split, cfg.source.actions, folder, records, side_tables)
     totals = name_ids(folder, dictionaries, total_statistics(records), rules.num_buckets)
@@ -378,10 +420,11 @@ def build_version(
     refuse_failed(checks, log_hints(totals, rules), page)
     _tell_positives_only(totals, rules)
 
-    return compose_manifest(
+    settings = content_settings(cfg.source, cfg.sequences)
+    manifest = compose_manifest(
         folder,
         all_parts,
-        work,
+        built.work,
         records,
         imported_quarantined=logs.imported.quarantined if logs.imported else {},
         counts=logs.imported.counts if logs.imported else {},
@@ -394,9 +437,12 @@ def build_version(
         dictionaries=dictionaries,
         config=settings,
         inputs=inputs_of_parts(settings, logs, all_parts),
-        retired=retired,
+        retired=published.retired if published else {},
         kept_since_ms=published.kept_since_ms if published else None,
     )
+    if cfg.checks.drift:
+        refuse_drift(folder, readable_version(folder), manifest, cfg.drift)
+    return manifest
 
 
 def _tell_positives_only(totals: Statistics, rules: LogRules) -> None:
