@@ -73,7 +73,7 @@ def recommend_everybody(
 ) -> dict[str, Any]:
     """Write a list for each user to the folder `out`; returns its summary.
 
-    Each task reads one bucket's users and writes one file:
+    A task reads the users of a few buckets and writes a file for each:
 
         sequences/bucket-00003.parquet    users 3, 8, …
         out/bucket-00003.parquet          user_id 3 place 0, 3 place 1, …, 8 place 0, …
@@ -94,7 +94,7 @@ def recommend_everybody(
     buckets = enumerate(manifest.buckets)
     tasks = [BucketTask(number, bucket.rows) for number, bucket in buckets]
 
-    with staged_folder(out) as stage, workers(cfg.ray, cfg.runs_dir) as run:
+    with staged_folder(out) as stage, workers(cfg.ray, cfg.runs_dir, floats=True) as run:
         write = partial(
             recommend_bucket,
             settings=to_dict(cfg),

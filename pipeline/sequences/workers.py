@@ -48,13 +48,16 @@ class Workers(Protocol):
 
 
 @contextmanager
-def workers(cfg: RayConfig, runs_dir: str | Path) -> Iterator[Workers]:
+def workers(cfg: RayConfig, runs_dir: str | Path, *, floats: bool = False) -> Iterator[Workers]:
     """On the cluster of `ray_cluster`, which is joined or started when there are items.
 
     A task takes one CPU and its memory, on a joined cluster on nodes with the labels
     `cfg.data_labels`. Items and results pass through the object store, so they should be small:
     what is read and written should be in files. A `UserError` in a task is raised as it is; a task
     whose worker dies is run again.
+
+    `floats`: the tasks compute with logarithms and the like, which NumPy may round otherwise
+    where it is told to sort faster.
     """
     with ExitStack() as stack:
 
@@ -72,7 +75,8 @@ def workers(cfg: RayConfig, runs_dir: str | Path) -> Iterator[Workers]:
             needs: dict[str, Any] = {"memory": asked}
             if cfg.data_labels and not is_private(cfg):  # its one node has none
                 needs["label_selector"] = cfg.data_labels
-            if is_private(cfg) and sorts_better_without_avx512(Path("/proc/cpuinfo")):
+            slow_sorts = sorts_better_without_avx512(Path("/proc/cpuinfo"))
+            if slow_sorts and is_private(cfg) and not floats:
                 needs["runtime_env"] = {"env_vars": {"NPY_DISABLE_CPU_FEATURES": AVX512}}
             shares = share_out([item.rows for item in items], count_cpus(nodes))
             return _run_tasks(what, function, items, shares, needs)
