@@ -135,6 +135,21 @@ def test_interpreted_kernels_equal_the_reference(name):
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_own_rows_of_a_tile_are_held_to_its_end(monkeypatch):
+    """Where a program masks its own rows results stay the same to the last bit."""
+    lengths, counts = [70, 9], [11, 2]
+    tensors, offsets, num_targets = make_inputs(lengths, counts)
+    found = []
+    for held in (False, True):
+        tile = AttentionTile(16, 16, 4, 1, held=held)
+        monkeypatch.setattr(tile_table, "tile_sizes", lambda *_, tile=tile, **__: tile)
+        plan = TritonPlan(offsets, num_targets, None, sum(lengths), max(lengths), 10, 8, 3)
+        found.append(run_triton(tensors, plan, None))
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("d_qk", "d_v"), [(16, 16), (20, 9)])
 def test_interpreted_descriptors(monkeypatch, d_qk, d_v):
     """The bulk copy engine's path, as on Hopper, of q, k, v that are slices of one tensor."""
@@ -353,6 +368,15 @@ def test_hopper_builds_use_its_tensor_cores_and_copy_engine(builds):
         assert build["waits"] < build["wgmma"] / 2, f"{name}: its products wait for each other"
         assert build["layouts"] == 1, f"{name}: of two layouts ptxas makes wrong addresses"
         assert build["shared"] <= 227 * 1024, name
+        if build["held"]:
+            assert build["held_products"] == build["products"], (
+                f"{name}: own rows are read from shared memory"
+            )
+        if build["most_registers"] is not None:
+            assert build["registers"] <= 65_536 // (3 * 128), name
+            assert build["shared"] <= 75 * 1024, (
+                f"{name}: three programs must fit on a multiprocessor"
+            )
         if "128" in name and build["warps"] == 4:
             assert build["shared"] <= 113 * 1024, (
                 f"{name}: two programs must fit on a multiprocessor"

@@ -23,6 +23,8 @@ class AttentionTile:
     keys: int
     warps: int
     stages: int
+    held: bool = False  # products take the program's own rows (Q, dO) from registers
+    max_registers: int | None = None  # of a thread; None leaves it to ptxas
 
 
 def split_programs(max_seq_len: int) -> int:
@@ -98,12 +100,12 @@ def _narrow_tile(kernel: str, width: int) -> AttentionTile:
 
 def _common_tile(kernel: str, banded: bool, max_seq_len: int) -> AttentionTile:
     """Heads of 128."""
-    if kernel == "backward_queries" and not banded and max_seq_len >= 1024:
-        return AttentionTile(128, 64, 8, 3)
-    if kernel.startswith("backward"):
+    if kernel == "backward_queries":
+        return AttentionTile(64, 64, 4, 3, held=True)
+    if kernel == "backward_keys":
         return AttentionTile(64, 64, 4, 2)
+    if banded:  # 168 registers let three programs run on a multiprocessor
+        return AttentionTile(64, 32, 4, 4, held=True, max_registers=168)
     if max_seq_len <= 1024:
         return AttentionTile(64, 32, 4, 3)
-    if banded:
-        return AttentionTile(64, 64, 4, 3)
     return AttentionTile(128, 64, 4, 2)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from kernels.semi_local_attention.triton_common import (
     half_scores,
+    held_rows,
     is_last,
     load_own_rows,
     load_rows,
@@ -93,8 +94,8 @@ def backward_queries(
     D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, FROM: tl.constexpr,
     BIAS: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    ON_GPU: tl.constexpr,
-    OUT_D: tl.constexpr, OUT_V: tl.constexpr, SLOPE: tl.constexpr, SUMS: tl.constexpr,
+    ON_GPU: tl.constexpr, HELD: tl.constexpr, OUT_D: tl.constexpr, OUT_V: tl.constexpr,
+    SLOPE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """dq of a row tile."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -117,7 +118,9 @@ def backward_queries(
         part, parts,
     )  # fmt: skip
     query = load_rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
+    query = held_rows(query, row, row_end, BLOCK_M, HELD)
     grads = load_rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
+    grads = held_rows(grads, row, row_end, BLOCK_M, HELD)
 
     asked, rank = rows, rows  # of a bias alone
     if BIAS:

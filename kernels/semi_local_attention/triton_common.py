@@ -45,6 +45,20 @@ def load_own_rows(
 
 
 @triton.jit
+def held_rows(tile, row, end, COUNT: tl.constexpr, HELD: tl.constexpr):
+    """[COUNT, WIDTH] from `row` on; with HELD, zeros from `end` on.
+
+    A left operand that comes from a load as it is, Triton has the tensor cores read from shared
+    memory in every step. Of one that something was done to, here the masking, it makes registers
+    once, before the loop. The shared memory that this frees holds another stage.
+    """
+    if HELD:
+        inside = row + tl.arange(0, COUNT) < end
+        tile = tl.where(inside[:, None], tile, 0.0).to(tile.dtype)
+    return tile
+
+
+@triton.jit
 def part_of(blocks, inside, part, parts):
     """A part's blocks: the first, the first that may cross the end of the sequence, and the end.
 

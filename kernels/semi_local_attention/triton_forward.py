@@ -6,6 +6,7 @@ import triton.language as tl
 from kernels.semi_local_attention.triton_common import (
     FAR,
     half_scores,
+    held_rows,
     is_last,
     load_own_rows,
     load_rows,
@@ -102,7 +103,7 @@ def forward(
     BLOCK_N: tl.constexpr,
     HAS_PREFIX: tl.constexpr, CANDIDATES: tl.constexpr, VISIBLE: tl.constexpr, FROM: tl.constexpr,
     BIAS: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    ON_GPU: tl.constexpr,
+    ON_GPU: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     # the heads of a tile share DRAM pages
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -125,6 +126,7 @@ def forward(
         part, parts,
     )  # fmt: skip
     query = load_rows(q, row, head, stride_qt, stride_qh, num_tokens, BLOCK_M, D, TMA)
+    query = held_rows(query, row, row_end, BLOCK_M, HELD)
 
     asked, rank = rows, rows  # of a bias alone
     if BIAS:

@@ -107,7 +107,10 @@ class PreparedLaunch:
         missing = [name for name, place in self.places.items() if arguments[place] is None]
         assert not missing, f"no {missing} given to {self.kernel}"
         run = self.kernel[(self.programs,)]
-        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+        tile = self.tile
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        if tile.max_registers is not None:
+            options["maxnreg"] = tile.max_registers
         if not self.descriptors:
             run(*arguments, **options)
             return
@@ -126,7 +129,9 @@ class PreparedLaunch:
             x if name.isupper() else specialised_form(x, varies=name in VARYING)
             for name, x in zip(self.places, arguments, strict=True)
         ]
-        return id(self.kernel), self.device, *forms, self.tile.warps, self.tile.stages
+        tile = self.tile
+        options = tile.warps, tile.stages, tile.max_registers
+        return id(self.kernel), self.device, *forms, *options
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,6 +395,7 @@ def _constants(
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "TMA": problem.hopper,
+        "HELD": tile.held,
         "FAST": half and problem.on_gpu,
         "PRECISION": "ieee",
     }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -56,13 +57,14 @@ def signature(
     return found
 
 
-def build(name: str, arch: int, width: int, tile: AttentionTile, **flags: bool) -> dict[str, int]:
+def build(name: str, arch: int, width: int, tile: AttentionTile, **flags: bool) -> dict[str, Any]:
     kernel = getattr(triton_kernels, name)
     how = {
         "TMA": arch == 90,
         "FAST": True,
         "PRECISION": "ieee",
         "ON_GPU": True,
+        "HELD": tile.held,
     }
     shape = {"HEADS": 4, "D": width, "V": width, "OUT_D": width, "OUT_V": width}
     shape |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
@@ -88,6 +90,8 @@ def build(name: str, arch: int, width: int, tile: AttentionTile, **flags: bool) 
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.max_registers is not None:
+        options["maxnreg"] = tile.max_registers
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -98,14 +102,19 @@ def build(name: str, arch: int, width: int, tile: AttentionTile, **flags: bool) 
             text=True,
             check=True,
         )
-    stack = re.search(r"STACK:(\d+)", usage.stdout)
-    assert stack is not None, usage.stdout
+    stack, registers = (re.search(rf"{what}:(\d+)", usage.stdout) for what in ("STACK", "REG"))
+    assert stack is not None and registers is not None, usage.stdout
     ptx, layouts = compiled.asm["ptx"], re.findall("swizzlingByteWidth = ..", compiled.asm["ttgir"])
     return {
         "waits": len(re.findall("HGMMA.*gsb0", usage.stdout)),
         "layouts": len(set(layouts)),
         "shared": compiled.metadata.shared,
         "stack": int(stack[1]),
+        "registers": int(registers[1]),
+        "held_products": len(re.findall(r"HGMMA\.\S+ R\d+, R\d+, gdesc", usage.stdout)),
+        "products": usage.stdout.count("HGMMA"),
+        "held": tile.held,
+        "most_registers": tile.max_registers,
         "warps": tile.warps,
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
