@@ -361,11 +361,16 @@ def test_an_app_with_objects_in_its_lines(here: None, tmp_path: Path) -> None:
             lines.append(json.dumps(line))
         (tmp_path / "logs" / f"{name}.jsonl").write_text("\n".join(lines))
 
-    articles = [json.dumps({"article_id": item, "words": item % 37}) for item in range(100, 160)]
+    articles = []
+    for item in range(100, 160):
+        article = {"published": f"2020-03-01T00:{item - 100:02}:00", "words": item % 37}
+        articles.append(json.dumps(article | {"article_id": item}))
     (tmp_path / "articles.jsonl").write_text("\n".join(articles))
     cfg = looked_at(tmp_path, "--items", str(tmp_path / "articles.jsonl"))
     assert cfg.source.columns["user_id"] == "user.id"
     assert cfg.source.request_columns == ("context_device",)
+    assert cfg.source.items is not None
+    assert cfg.source.items.id_column == "article_id"
     manifest = build.build_sequences(cfg)
     assert manifest.num_rows == ROWS - manifest.rows_merged
     assert manifest.text_ids == ("user_id", "item_id")

@@ -199,7 +199,7 @@ def _guess_ids(values: dict[str, pa.Array], guess: Guess, as_text: Collection[st
     for ours, pattern in (("user_id", USER), ("item_id", ITEM)):
         named = []
         for name in _left(values, guess):
-            if pattern.match(plain_name(name)) and _may_be_id(values[name]):
+            if pattern.match(plain_name(name)) and may_be_id(values[name]):
                 named.append(name)
         exact = [name for name in named if re.search(r"id$|asin$", plain_name(name))]
         choice = (exact or named)[:1]
@@ -217,7 +217,7 @@ def _guess_ids(values: dict[str, pa.Array], guess: Guess, as_text: Collection[st
             guess.columns[ours] = name
 
 
-def _may_be_id(column: pa.Array) -> bool:
+def may_be_id(column: pa.Array) -> bool:
     """True for values that ids can be: no flags, and no numbers with a fraction."""
     kind = column.type
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
@@ -234,7 +234,7 @@ def _by_values(values: pa.Array, guess: Guess, ours: str) -> list[str]:
     found = []
     for name in _left(values, guess):
         column, plain = values[name], plain_name(name)
-        if not _may_be_id(column) or any(pattern.search(plain) for pattern in meanings):
+        if not may_be_id(column) or any(pattern.search(plain) for pattern in meanings):
             continue
         distinct, rows = pc.count_distinct(column).as_py(), len(column)
         if rows <= 2 * MOST_ACTIONS or not MOST_ACTIONS < distinct <= rows * 0.95:

@@ -339,8 +339,12 @@ def _with_type(piece: pa.Table, name: str, kind: pa.DataType) -> pa.Table:
 
 
 def _possible_ids(file: str, form: FileFormat) -> list[str]:
-    """The columns that keep their leading zeros: not numbers with decimals."""
+    """The columns that may hold ids: of CSV not those of numbers with decimals. In JSON any number
+    may be whole.
+    """
     with open_rows(file, form) as rows:
+        if text_kind(file, form) == "json":
+            return rows.schema.names
         fields = [field for field in rows.schema if not pa.types.is_floating(field.type)]
     return [field.name for field in fields]
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.logs.columns import is_number, is_text, plain_values
-from pipeline.logs.looking.guess import ITEM, PANDAS_INDEX, USER, plain_name
+from pipeline.logs.looking.guess import ITEM, PANDAS_INDEX, USER, may_be_id, plain_name
 from pipeline.logs.looking.sample import Sample
 
 MOST_CATEGORIES = 5000
@@ -45,8 +45,12 @@ def guess_side(sample: Sample, side: str, ids: pa.Array, id_name: str) -> SideGu
     pattern = USER if side == "users" else ITEM
     shares: dict[str, float] = {}
     for name, column in columns.items():
-        is_id = pa.types.is_integer(column.type) or is_text(column.type)
-        if is_id and pc.count_distinct(column).as_py() >= UNIQUE * len(column):
+        is_scalar = not pa.types.is_nested(column.type)
+        if (
+            is_scalar
+            and may_be_id(column)
+            and pc.count_distinct(column).as_py() >= UNIQUE * len(column)
+        ):
             shares[name] = len(wanted & set(_texts(column))) / max(len(wanted), 1)
 
     def fitness(name: str) -> tuple[float, bool, bool]:
