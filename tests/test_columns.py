@@ -406,3 +406,12 @@ def test_files_of_every_age_read_as_the_plain_form_does(here: None, tmp_path: Pa
         folder.mkdir()
         pq.write_table(part, folder / "part.parquet")
     assert build.build_sequences(mixed).digest == plain.digest
+
+
+def test_text_in_a_request_column_is_refused_by_the_files_name(here: None, tmp_path: Path):
+    rows = log(tab=["home", "search"] * 200).rename_columns(
+        ["Surface" if n == "tab" else n for n in log().column_names]
+    )
+    cfg = config_for(tmp_path, rows, columns={"tab": "Surface"})
+    with pytest.raises(UserError, match=r"columns.tab=\{column: Surface, text: true\}"):
+        build.plan_build(cfg)

@@ -351,3 +351,10 @@ def test_channels_take_the_place_of_the_one_transducer() -> None:
     assert config.from_dict(config.to_dict(cfg)) == cfg
     assert not {"num_layers", "attention", "truncate_to"} & config.to_dict(cfg)["model"].keys()
     assert with_settings(config.load(DEMO), {"model.channels": {"all": {}}}).model.channels
+
+
+@pytest.mark.parametrize("value", [",", "%d.%m.%Y %H:%M", "|", "@", ";", "::"])
+def test_signs_that_a_shell_has_unquoted_are_text(value: str):
+    key = "source.columns.event_time.format"
+    raw = apply_overrides({}, [f"{key}={value}"])
+    assert raw["source"]["columns"]["event_time"]["format"] == value

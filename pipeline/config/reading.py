@@ -18,6 +18,8 @@ from pipeline.config.errors import ConfigError, refuse_secrets, require, show_va
 from pipeline.config.secrets import MASK, is_secret_name
 from pipeline.config.setting import has_default
 
+# no YAML, but text that a shell has taken the quotes off: ',' and '::' and '%Y-%m-%d'
+UNQUOTED = re.compile(r"[^\w\s\[\]{}'\"~.+-]{1,3}|[%,@`].*")
 S3 = "s3://"
 GCS = "gs://"
 SCALARS = {int: "a whole number", str: "text", bool: "true or false"}  # to people
@@ -122,7 +124,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set takes key=value, got {override!r}")
     try:
-        value = _load_yaml(text)
+        value = text if UNQUOTED.fullmatch(text) else _load_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
 

@@ -252,7 +252,7 @@ def _refused_type(
     if column.role == "request":
         if reading is not None and reading.text:
             return None if text or number or flag else "text, a number or a boolean"
-        options = f"{{column: {column.name}, text: true}}"
+        options = f"{{column: {theirs}, text: true}}"
         rule = f"an integer; of text set source.columns.{column.name}={options}"
         return None if number or flag or (text and has_unknown) else rule
     decimal = "a number; of text such as 15,99 set source.format.decimal=','"
