@@ -97,7 +97,7 @@ class ServeConfig:
     use_gpu: bool = setting(False, doc="Each replica has one GPU.")
     cuda_graphs: bool = setting(
         False,
-        doc="Replay requests that come alone as CUDA graphs. It takes memory for up to seven times "
+        doc="Replay passes of few users as CUDA graphs. It takes memory for up to seven times "
         "the longest history.",
     )
     precision: Literal["fp32", "bf16"] = setting(
