@@ -71,18 +71,32 @@ def variants_section(
 
 
 def taught_parts(taught_file: Path) -> list[str]:
-    """What one model learned from several seeds of the preset, in words and a table."""
+    """What one model learned from several seeds of the preset: words, validation, and the test
+    where it was scored.
+    """
     lines = read_runs(taught_file)
     names = measured_runs(PLANS / "kuairand.yaml", lines)
     seeds = report.read_seeds(taught_file, "preset")
     words = (
-        f"One model taught by {len(seeds)} seeds: each label is half the row's own and half their "
-        f"mean probability. `{seeds[0]['command']} --only preset distilled --device cuda`, "
+        f"One model taught by {len(seeds)} seeds of the preset: each label is half the row's own "
+        "and half their mean probability (`distilled`); their probability alone "
+        "(`distilled_whole`); "
+        "half and half, and of rows whose is_click or is_profile_enter nobody knows, nine of ten, "
+        f"theirs, counting a quarter (`distilled_filled`). `{seeds[0]['command']} --only preset "
+        f"{' '.join(name for name in names if name != 'preset')} --device cuda`, "
         f"{seeds[0]['environment']['device']}; figures in `benchmarks/runs/{taught_file.name}`. "
         "Validation:"
     )
     table = report.metrics_table(taught_file, [*names, *mean_runs(names, lines)], "val")
-    return [words, table]
+    parts = [words, table]
+
+    tested = [f"{name}_test" for name in names]
+    tested = [name for name in tested if any(line["name"] == name for line in lines)]
+    if tested:
+        parts.append("The same on the test rows, trained to 2 May and scored once:")
+        tested += mean_runs(tested, lines)
+        parts.append(report.metrics_table(taught_file, tested, "test"))
+    return parts
 
 
 def masks_section(runs_file: Path = RUNS_FILE) -> str:
