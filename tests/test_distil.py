@@ -272,6 +272,8 @@ def test_the_sections_say_what_was_chosen_and_show_its_test(tmp_path):
     assert "One model taught by" not in text
     taught = kuairand_report.variants_section(runs_file, taught_file=runs_file)
     assert "One model taught by 5 seeds" in taught
+    assert "By the same rule the best of these is `distilled`." in taught
+    assert taught.count("| distilled_test | 0.6100 ± 0.0000 / 0.8475 ± 0.0000 |") == 2
     assert "+0.0100 ± 0.0000 / -0.0025 ± 0.0000" in taught, "distilled, less the preset's"
 
     masks = kuairand_report.masks_section(runs_file)

@@ -19,6 +19,14 @@ DIFFERENCES = (
 # the preset's seeds and those that they taught, side by side on one machine
 TAUGHT_FILE = RUNS / "distilled.jsonl"
 PLANS = report.ROOT / "benchmarks" / "plans"
+TAUGHT = {  # what a row's label is
+    "distilled": "half a row's label is its own and half the mean of their probabilities",
+    "distilled_whole": "a row's label is the mean of their probabilities",
+    "distilled_filled": (
+        "half and half, and where nobody knows a row's is_click or is_profile_enter, nine rows of "
+        "ten, the mean alone, counting a quarter"
+    ),
+}
 SEEDS = 5  # fewest of a run that takes part in the choice
 
 
@@ -56,9 +64,6 @@ def variants_section(
         f"least. It is `{compared[0].name}`."
     )
     parts = [text, chosen, choose.comparison_table(compared, "preset")]
-    if taught_file.exists():
-        parts += taught_parts(taught_file)
-
     tested = dict.fromkeys(["preset_test", f"{compared[0].name}_test"])
     there = [name for name in tested if any(line["name"] == name for line in lines)]
     if there:
@@ -67,33 +72,36 @@ def variants_section(
         parts.append(report.metrics_table(runs_file, there, "test"))
     if differences is not None:
         parts += report.difference_text(differences)
+    if taught_file.exists():
+        parts += taught_parts(taught_file)
     return "\n\n".join(parts)
 
 
 def taught_parts(taught_file: Path) -> list[str]:
-    """What one model learned from several seeds of the preset: words, validation, and the test
-    where it was scored.
+    """What one model learned from several seeds of the preset: validation, the best by the same
+    rule, and the test where it was scored.
     """
     lines = read_runs(taught_file)
     names = measured_runs(PLANS / "kuairand.yaml", lines)
     seeds = report.read_seeds(taught_file, "preset")
+    forms = "; ".join(f"`{name}`: {TAUGHT[name]}" for name in names if name in TAUGHT)
     words = (
-        f"One model taught by {len(seeds)} seeds of the preset: each label is half the row's own "
-        "and half their mean probability (`distilled`); their probability alone "
-        "(`distilled_whole`); "
-        "half and half, and of rows whose is_click or is_profile_enter nobody knows, nine of ten, "
-        f"theirs, counting a quarter (`distilled_filled`). `{seeds[0]['command']} --only preset "
-        f"{' '.join(name for name in names if name != 'preset')} --device cuda`, "
+        f"One model taught by {len(seeds)} seeds of the preset. {forms}. "
+        f"`{seeds[0]['command']} --only {' '.join(names)} --device cuda`, "
         f"{seeds[0]['environment']['device']}; figures in `benchmarks/runs/{taught_file.name}`. "
         "Validation:"
     )
     table = report.metrics_table(taught_file, [*names, *mean_runs(names, lines)], "val")
     parts = [words, table]
 
+    compared = choose.compare_runs(lines, names, "preset", min(SEEDS, len(seeds)))
+    parts.append(f"By the same rule the best of these is `{compared[0].name}`.")
+    parts.append(choose.comparison_table(compared, "preset"))
+
     tested = [f"{name}_test" for name in names]
     tested = [name for name in tested if any(line["name"] == name for line in lines)]
     if tested:
-        parts.append("The same on the test rows, trained to 2 May and scored once:")
+        parts.append("These on the test rows, trained to 2 May and scored once:")
         tested += mean_runs(tested, lines)
         parts.append(report.metrics_table(taught_file, tested, "test"))
     return parts
