@@ -13,6 +13,7 @@ import yaml
 from benchmarks.quality import choose, ensemble, kuairand_report, report, train_plan
 from benchmarks.quality.distil import TaughtLoader, Teacher, candidate_places
 from pipeline import config
+from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import step_plan
@@ -51,6 +52,12 @@ def planned(folder: Path, cfg: RunConfig, seeds: list[int]) -> list[train_plan.P
     return train_plan.planned(folder / "plan.yaml", options)
 
 
+def labels_of(batch: SequenceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels and their weights, [C, tasks] both."""
+    assert batch.labels is not None and batch.label_weight is not None
+    return batch.labels, batch.label_weight
+
+
 def test_teachers_have_all_their_seeds_whatever_is_asked_for(taught_plan):
     cfg, runs = taught_plan
     found = [(run.cfg.name, run.cfg.seed) for run in planned(runs[0].out.parent, cfg, seeds=[1])]
@@ -82,6 +89,8 @@ def test_a_teacher_is_the_mean_of_what_its_models_think_of_each_training_row(tau
     for share, batch, other in zip(
         plain.epoch_shares(0), plain.batches(0), taught.batches(0), strict=True
     ):
+        labels, weight = labels_of(batch)
+        mixed, mixed_weight = labels_of(other)
         examples = share.examples
         at = 0
         for user, begin, end in zip(
@@ -89,11 +98,11 @@ def test_a_teacher_is_the_mean_of_what_its_models_think_of_each_training_row(tau
         ):
             for row in range(begin, end):
                 key = int(share.users.user_id[user]), int(share.users.events.position[row])
-                expected = 0.75 * float(batch.labels[at, 0]) + 0.25 * by_row[key]
-                assert float(other.labels[at, 0]) == pytest.approx(expected, abs=1e-6)
+                expected = 0.75 * float(labels[at, 0]) + 0.25 * by_row[key]
+                assert float(mixed[at, 0]) == pytest.approx(expected, abs=1e-6)
                 at += 1
         seen += at
-        assert np.array_equal(batch.label_weight, other.label_weight)
+        assert torch.equal(weight, mixed_weight)
     assert seen == len(by_row)
 
     # rows without a label: the teacher's scores alone, at a quarter of a row's weight
@@ -107,14 +116,16 @@ def test_a_teacher_is_the_mean_of_what_its_models_think_of_each_training_row(tau
         elsewhere.batches(0),
         strict=True,
     ):
-        is_unknown = batch.label_weight == 0
+        labels, weight = labels_of(batch)
+        filled_labels, filled_weight = labels_of(other)
+        is_unknown = weight == 0
         num_unknown += int(is_unknown.sum())
         scores = torch.from_numpy(teacher.scores_of(*candidate_places(share)))
-        assert torch.equal(other.labels[is_unknown], scores[is_unknown])
-        assert torch.equal(other.labels[~is_unknown], batch.labels[~is_unknown])
-        assert (other.label_weight[is_unknown] == 0.25).all()
-        assert torch.equal(other.label_weight[~is_unknown], batch.label_weight[~is_unknown])
-        assert torch.equal(other.labels, again.labels)
+        assert torch.equal(filled_labels[is_unknown], scores[is_unknown])
+        assert torch.equal(filled_labels[~is_unknown], labels[~is_unknown])
+        assert (filled_weight[is_unknown] == 0.25).all()
+        assert torch.equal(filled_weight[~is_unknown], weight[~is_unknown])
+        assert torch.equal(filled_labels, labels_of(again)[0])
     assert num_unknown > 0
 
     with pytest.raises(UserError, match="1 of 1 training rows were not scored"):
