@@ -36,7 +36,7 @@ def tile_size(*, outputs: int, fp8: bool, residual: bool, half: bool, hopper: bo
     if residual and fp8:
         return LinearTile(128, 128, 64, 4, 4, parts=2, per_sm=2, flatten=True, tma_out=True)
     if residual and outputs > 128:
-        return LinearTile(128, 256, 64, 8, 3, parts=2, per_sm=1, flatten=True, tma_out=True)
+        return LinearTile(128, 256, 64, 8, 4, parts=2, per_sm=1, flatten=True)
     return LinearTile(
         128, 128, 128 if fp8 else 64, 4, 3, parts=2, per_sm=2, flatten=True, tma_out=True
     )
@@ -56,7 +56,25 @@ def _multiprocessors(device: torch.device) -> int:
     )
 
 
-def _by_descriptor(x: Tensor) -> bool:
+@lru_cache(512)
+def _matrix_template(
+    dtype: torch.dtype, shape: tuple[int, int], stride: int, box: tuple[int, int]
+) -> TensorDescriptor:
+    return TensorDescriptor(torch.empty(0, dtype=dtype), list(shape), [stride, 1], list(box))
+
+
+def matrix_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of a matrix where `by_descriptor`, read in boxes of `rows` by `columns`."""
+    template = _matrix_template(x.dtype, tuple(x.shape), x.stride(0), (rows, columns))
+    return descriptor_like(template, x)
+
+
+def is_hopper(device: torch.device) -> bool:
+    return _capability(device)[0] == 9
+
+
+def by_descriptor(x: Tensor) -> bool:
+    """True where a matrix lies as descriptors ask for."""
     rows_aligned = x.stride(0) * x.element_size() % 16 == 0
     return x.stride(1) == 1 and rows_aligned and x.data_ptr() % 16 == 0
 
@@ -150,7 +168,7 @@ def launch_linear(
         return out, slope
     of_slope, of_residual = (0 if t is None else t.stride(0) for t in (slope, residual))
 
-    hopper, fp8 = _capability(device)[0] == 9, scales is not None
+    hopper, fp8 = is_hopper(device), scales is not None
     if tile is None:
         half = x_TK.element_size() < 4
         tile = tile_size(
@@ -164,8 +182,8 @@ def launch_linear(
         silu_from,
         slope is not None,
         residual is not None,
-        hopper and _by_descriptor(x_TK) and _by_descriptor(w_NK),
-        _by_descriptor(out),
+        hopper and by_descriptor(x_TK) and by_descriptor(w_NK),
+        by_descriptor(out),
         tile,
         device,
     )

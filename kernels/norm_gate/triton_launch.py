@@ -8,9 +8,18 @@ from kernels.layer_norm.triton_launch import FP8, Rows
 from kernels.norm_gate import triton_kernels
 from kernels.norm_gate.reference import dropout_threshold
 
-# One shape for both: only then are a row's sums added in one order, and Y made again is Y to the
-# last bit.
-FORWARD = BACKWARD = Rows(1, 1, per_sm=8, stages=4)
+
+class PairedRows(Rows):
+    """Two rows of 512 a program, one after the other on the same threads; others one by one."""
+
+    def of(self, width: int) -> tuple[int, int, int]:
+        rows, block, warps = super().of(width)
+        return 2 * rows if block == 512 else rows, block, warps
+
+
+# A row lies on threads alike in both: only then are its sums added in one order, and Y made again
+# is Y to the last bit.
+FORWARD, BACKWARD = PairedRows(1, 1), Rows(1, 1, per_sm=8, stages=4)
 
 
 def launch_norm_gate(
