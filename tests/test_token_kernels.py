@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend
+from kernels.frozen_tokens.triton_launch import SwishTile, launch_linear_swish
 from kernels.layer_norm.op import layer_norm, swish_layer_norm
+from kernels.linear import triton_launch as linear
 from kernels.position_time import triton_launch
 from kernels.position_time.op import add_position_time
 from kernels.position_time.types import Anchor
-from pipeline.model.tokens import ActionEncoder
+from pipeline.model.tokens import ActionEncoder, TokenEncoder
 from tests.support.accuracy import assert_as_accurate
 from tests.worlds.model import make_batch, make_config, make_model
 
@@ -224,3 +226,71 @@ def test_a_frozen_model_makes_the_rows_of_its_actions_states_once(
             changed.encoder.action.set_rows.mul_(-1)
         torch.testing.assert_close(model(batch), plain(batch))
     assert made == [27, 27]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(0, 8, 16), (1, 24, 40), (37, 40, 72)])
+def test_interpreted_linear_map_with_its_gate(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    rows: int,
+    inputs: int,
+    outputs: int,
+) -> None:
+    """By pointers, and by descriptors as on Hopper; rows with a mean, of several blocks."""
+    monkeypatch.setattr(linear, "_capability", lambda _: capability)
+    torch.manual_seed(0)
+    given = [torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs) + 3]
+    norm = [torch.randn(outputs) + 1, torch.randn(outputs)]
+
+    def run(dtype: torch.dtype) -> Tensor:
+        x, w, bias = (t.to(dtype) for t in given)
+        weight, shift = (t.to(dtype) for t in norm)
+        h = torch.nn.functional.linear(x, w, bias)
+        return swish_layer_norm(h, weight, shift, eps=1e-3, backend="torch")
+
+    fast = launch_linear_swish(*given, *norm, 1e-3, SwishTile(16, 32, 4, 1))
+    truth, plain = run(torch.float64), run(torch.float32)
+    assert_as_accurate([fast], [plain], [truth], num_terms=max(inputs, outputs))
+
+
+PLACED_MODELS: dict[str, dict] = {
+    "plain": {},
+    "learned action": {"candidate_action": "learned"},
+    "one action": {"heterogeneous_actions": False},
+    "ages": {},
+}
+
+
+@pytest.mark.parametrize("name", PLACED_MODELS)
+def test_tokens_without_gradients_are_placed_in_one_pass(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """They are those of plain PyTorch, with their context and without, of empty sequences too."""
+    placed: list[int] = []
+    placed_rows = TokenEncoder._placed_rows
+
+    def count_rows(encoder: TokenEncoder, *arguments) -> Tensor:
+        found = placed_rows(encoder, *arguments)
+        placed.append(len(found))
+        return found
+
+    monkeypatch.setattr(TokenEncoder, "_placed_rows", count_rows)
+    batch = make_batch([5, 0, 0, 20], [2, 1, 0, 3])
+    found = {}
+    for backend in ("triton", "torch"):
+        cfg = make_config(token_backend=backend, **PLACED_MODELS[name])
+        if name == "ages":
+            model = replace(cfg.model, time_anchor="query")
+            cfg = replace(cfg, model=model, train=replace(cfg.train, layout="request"))
+        encoder = make_model(cfg).float().requires_grad_(False).encoder
+        with torch.no_grad():
+            found[backend] = encoder(batch), encoder.event_rows(batch)
+    (tokens, rows), (expected, expected_rows) = found["triton"], found["torch"]
+
+    # two tokens of context in each of four sequences
+    assert placed == [31 + 8, 31]
+    torch.testing.assert_close(tokens.x_TE, expected.x_TE)
+    torch.testing.assert_close(rows, expected_rows)
+    assert torch.equal(tokens.seq_offsets, expected.seq_offsets)
+    assert torch.equal(tokens.lengths_on_host(), expected.lengths_on_host())

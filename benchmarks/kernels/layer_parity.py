@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.gpu import DEVICE, Check, generator, no_waiting, offsets_of, randint, randn
 from benchmarks.kernels.accuracy import find_stray
 from kernels.backend import Backend
+from kernels.frozen_tokens.triton_launch import (
+    TokenSequences,
+    find_token_rows,
+    launch_linear_swish,
+    launch_place,
+)
 from kernels.layer_norm.op import layer_norm, swish_layer_norm
 from kernels.layer_norm.reference import quantize_rows_reference
 from kernels.layer_norm.triton_launch import launch_quantize
@@ -20,6 +27,7 @@ from kernels.linear.triton_launch import launch_linear
 from kernels.norm_gate.reference import norm_gate_reference
 from kernels.norm_gate.triton_launch import launch_norm_gate, launch_norm_gate_backward
 from kernels.position_time.op import add_position_time
+from kernels.position_time.reference import time_bucket
 from kernels.position_time.types import Anchor
 from kernels.semi_local_attention import tile_table
 from kernels.stu.op import stu_layer
@@ -327,6 +335,72 @@ def check_position_time(
     return find_stray(fast, plain, truth, num_terms=max(1, tokens))
 
 
+def check_linear_swish(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> str | None:
+    """The linear map and the gate after it in one kernel, and in two."""
+    given = [randn(rows, inputs), randn(outputs, inputs, seed=1) * inputs**-0.5]
+    # rows with a mean
+    given += [randn(outputs, seed=2) + 1, randn(outputs, seed=3) + 1, randn(outputs, seed=4)]
+    given = [x.to(dtype) for x in given]
+
+    def run(dtype: torch.dtype) -> Tensor:
+        x, w, bias, *norm = (x.to(dtype) for x in given)
+        return swish_layer_norm(F.linear(x, w, bias), *norm, backend="torch")
+
+    with no_waiting():
+        fast = launch_linear_swish(*given, 1e-5)
+    return find_stray([fast], [run(dtype)], [run(torch.float64)], num_terms=max(inputs, outputs))
+
+
+def check_placed_tokens(tokens: int, width: int, num_context: int, merged: bool) -> str | None:
+    """Rows of three tables added to normalised tokens, each behind the context of its sequence."""
+    lengths = [tokens // 3, 0, tokens // 2 - tokens // 3, tokens - tokens // 2]
+    targets = [length // 4 for length in lengths]
+    sequences = TokenSequences(
+        offsets_of(lengths), torch.tensor(targets, dtype=torch.int32).to(DEVICE), num_context
+    )
+    num_actions, sizes = 1 if merged else 4, (300, 64)
+    masks = randint(16, tokens).int(), randint(16, tokens, seed=1).int()
+    position, gap = randint(1000, tokens, seed=2), randint(10**8, tokens, seed=3) - 1
+
+    # where each token goes, its state and its rows, with plain PyTorch
+    number = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).to(DEVICE)
+    place = torch.arange(tokens, device=DEVICE) + num_context * (number + 1)
+    ends = sequences.seq_offsets[1:] - sequences.num_targets
+    is_target = torch.arange(tokens, device=DEVICE) >= ends[number]
+    actions, known = masks
+    if merged:
+        actions, known = ((actions & known) != 0).int(), (known != 0).int()
+    bits = torch.arange(num_actions, device=DEVICE)
+    digits = torch.where((known[:, None] >> bits) & 1 > 0, (actions[:, None] >> bits) & 1, 2)
+    state = (digits * 3**bits).sum(1).masked_fill(is_target, 3**num_actions)
+    rows = position % sizes[0], time_bucket(gap, sizes[1]), state
+
+    x = randn(tokens, width, seed=5)
+    norm = randn(width, seed=6) + 1, randn(width, seed=7)
+    counts = (*sizes, 3**num_actions + 1)
+    tables = [randn(count, width, seed=8 + i) for i, count in enumerate(counts)]
+
+    def run(dtype: torch.dtype) -> Tensor:
+        weight, bias = (t.to(dtype) for t in norm)
+        out = F.layer_norm(x.bfloat16().to(dtype), (width,), weight, bias, 1e-5)
+        for table, row in zip(tables, rows, strict=True):
+            out = out + table.to(dtype)[row]
+        return out
+
+    with no_waiting():
+        found = find_token_rows(
+            position, gap, masks, sequences, sizes, "event", num_actions=num_actions, merged=merged
+        )
+        options = x.bfloat16(), (*norm, 1e-5), tuple(tables), found
+        placed = launch_place(*options, tokens + 4 * num_context)
+    expected = torch.stack([*rows, place]).int()
+    if not torch.equal(found, expected):
+        return f"{int((found != expected).sum())} of {found.numel()} rows are others"
+    if int(placed.isnan().any(1).sum()) != 4 * num_context:
+        return "something was written to rows of the context"
+    return find_stray([placed[place]], [run(torch.bfloat16)], [run(torch.float64)], num_terms=width)
+
+
 # For loops with several steps under way: programs that have no step, fewer than that, as many, and
 # more.
 STAGED_ROWS = (5, 529, 1057, 1585, 5283, 12_345)
@@ -347,6 +421,10 @@ def token_checks() -> list[Check]:
             checks.append((check_position_time, places, 3001, 72, (300, 2048), anchor, single))
     # fewer tokens than rows
     checks.append((check_position_time, "spread", 100, 64, (8192, 64), "event", half[0]))
+    for rows, inputs in ((4000, 88), (1, 8), (777, 256), (129, 24)):
+        checks += [(check_linear_swish, rows, inputs, 1024, dtype) for dtype in half]
+    checks.append((check_linear_swish, 300, 40, 200, half[0]))
+    checks += [(check_placed_tokens, 5000, 512, 1, False), (check_placed_tokens, 777, 72, 3, True)]
     # keys of 32 bits
     checks.append((check_position_time, "spread", 70_000, 32, (60_000, 64), "event", half[1]))
     return checks
@@ -404,4 +482,6 @@ def smoke_checks() -> list[Check]:
         (check_norm, "plain", 9, 24, torch.float32),
         (check_norm, "gate", 9, 24, torch.float32),
         (check_position_time, "spread", 30, 16, (8, 6), "event", torch.float32),
+        (check_linear_swish, 9, 24, 40, torch.float32),
+        (check_placed_tokens, 30, 16, 2, True),
     ]

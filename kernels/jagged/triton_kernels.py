@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _bisect(offsets, other, row, num_sequences, steps, TWO: tl.constexpr):
+def find_sequence(offsets, other, row, num_sequences, steps, TWO: tl.constexpr):
     """The sequence of each row: offsets[found] <= row < offsets[found + 1]; with TWO, of the sum of
     both offsets.
     """
@@ -44,7 +44,7 @@ def concatenate_or_split(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     col = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    seq = _bisect(left_offsets, right_offsets, row, num_sequences, steps, True)
+    seq = find_sequence(left_offsets, right_offsets, row, num_sequences, steps, True)
     left_begin, right_begin = tl.load(left_offsets + seq), tl.load(right_offsets + seq)
     length = tl.load(left_offsets + seq + 1) - left_begin
 
@@ -84,7 +84,7 @@ def truncate_tail(
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     col = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     written = offsets if BACKWARD else new_offsets
-    seq = _bisect(written, written, row, num_sequences, steps, False)
+    seq = find_sequence(written, written, row, num_sequences, steps, False)
 
     begin, new_begin = tl.load(offsets + seq), tl.load(new_offsets + seq)
     length, new_length = (

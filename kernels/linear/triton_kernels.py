@@ -13,8 +13,8 @@ from kernels.triton_math import approximate_tanh, sigmoid
 
 
 @triton.jit
-def _sigmoid(x, FAST: tl.constexpr):
-    """FAST takes one special-function instruction instead of two."""
+def gate_of(x, FAST: tl.constexpr):
+    """sigmoid(x). FAST takes one special-function instruction instead of two."""
     if FAST:
         y = 0.5 + 0.5 * approximate_tanh(0.5 * x)
     else:
@@ -23,7 +23,7 @@ def _sigmoid(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _tile(
+def load_tile(
     source,
     row,
     column,
@@ -69,7 +69,7 @@ def _epilogue(
 
     if SILU:
         if column + BLOCK_N > silu_from:
-            gate = _sigmoid(acc, FAST)
+            gate = gate_of(acc, FAST)
             active = (columns >= silu_from)[None, :]
             if SLOPE:
                 steep = gate * (1 + acc * (1 - gate))
@@ -124,8 +124,8 @@ def linear(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
         for k in range(0, num_inputs, BLOCK_K):
-            a = _tile(x, row, k, num_rows, num_inputs, stride_x, BLOCK_M, BLOCK_K, TMA)
-            b = _tile(w, column, k, num_outputs, num_inputs, stride_w, BLOCK_N, BLOCK_K, TMA)
+            a = load_tile(x, row, k, num_rows, num_inputs, stride_x, BLOCK_M, BLOCK_K, TMA)
+            b = load_tile(w, column, k, num_outputs, num_inputs, stride_w, BLOCK_N, BLOCK_K, TMA)
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
         if PARTS == 2:
             left, right = tl.split(

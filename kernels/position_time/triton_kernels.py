@@ -15,6 +15,26 @@ import triton.language as tl
 OCTAVES, MS_PER_BUCKET = tl.constexpr(32), tl.constexpr(60_000)  # as in `reference`
 
 
+@triton.jit
+def position_row(position, num_positions):
+    """int32: the position modulo the table's rows."""
+    at = (position % num_positions).to(tl.int32)
+    return tl.where(at < 0, at + num_positions, at)
+
+
+@triton.jit
+def time_row(gap_ms, num_buckets, EVENT: tl.constexpr):
+    """int32: the bucket of a gap, as in `reference`."""
+    wide = tl.maximum(gap_ms, 0).to(tl.float64)
+    if EVENT:
+        per_octave = (num_buckets - 1).to(tl.float64) * (1 / OCTAVES)  # exact, a power of two
+        bucket = tl.floor(tl.log2(1 + wide) * per_octave)
+    else:
+        bucket = tl.floor(tl.sqrt(wide / MS_PER_BUCKET))
+    bucket = tl.minimum(1 + bucket.to(tl.int64), num_buckets - 1).to(tl.int32)
+    return tl.where(gap_ms < 0, 0, bucket)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def find_keys(
     position,  # int [T]
@@ -29,18 +49,8 @@ def find_keys(
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < num_rows
-    at = (tl.load(position + row, mask=valid, other=0) % num_positions).to(tl.int32)
-    at = tl.where(at < 0, at + num_positions, at)
-
-    gap = tl.load(gap_ms + row, mask=valid, other=0)
-    wide = tl.maximum(gap, 0).to(tl.float64)
-    if EVENT:
-        per_octave = (num_buckets - 1).to(tl.float64) * (1 / OCTAVES)  # exact, a power of two
-        bucket = tl.floor(tl.log2(1 + wide) * per_octave)
-    else:
-        bucket = tl.floor(tl.sqrt(wide / MS_PER_BUCKET))
-    bucket = tl.minimum(1 + bucket.to(tl.int64), num_buckets - 1).to(tl.int32)
-    bucket = tl.where(gap < 0, 0, bucket)
+    at = position_row(tl.load(position + row, mask=valid, other=0), num_positions)
+    bucket = time_row(tl.load(gap_ms + row, mask=valid, other=0), num_buckets, EVENT)
 
     kind = keys.dtype.element_ty
     tl.store(keys + row, at.to(kind), mask=valid)

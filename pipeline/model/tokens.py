@@ -6,7 +6,7 @@ A candidate has no action; one learned constant may stand in its place. Position
 of the event itself, so an encoded history does not depend on the request.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,6 +60,9 @@ class Tokens:
 # Of a frozen model whose table of the actions' states is kept: nine actions' are 20 MB of 512
 # columns in bfloat16.
 MOST_KEPT_STATES = 3**9
+
+# Of the content's first linear map: more are too many for a kernel that makes its outputs twice.
+MOST_FUSED_INPUTS = 256
 
 # a table's name, as in `train.tables`, its rows and its width
 MakeTable = Callable[[str, int, int], nn.Module]
@@ -151,6 +154,7 @@ class ContentEncoder(nn.Module):
         for column in (*features.item.values(), *features.request.values()):
             width += column.dim
         d, backend = model.d_model, model.token_backend
+        self.backend: Backend = backend
         self.mlp = nn.Sequential(
             HalfLinear(width, 2 * d),
             SwishLayerNorm(2 * d, backend),
@@ -168,9 +172,72 @@ class ContentEncoder(nn.Module):
 
     def forward(self, item_codes: Tensor, request_codes: Tensor) -> Tensor:
         """[T, d], from codes [T, 1 + item codes] and [T, request columns]."""
+        norm = self.layers[-1]
+        return norm(self.rows_before_norm(item_codes, request_codes))
+
+    @property
+    def layers(self) -> tuple[HalfLinear, SwishLayerNorm, HalfLinear, NarrowLayerNorm]:
+        """Those of `mlp`, in order."""
+        first, gate, second, norm = self.mlp
+        assert isinstance(first, HalfLinear) and isinstance(gate, SwishLayerNorm)
+        assert isinstance(second, HalfLinear) and isinstance(norm, NarrowLayerNorm)
+        return first, gate, second, norm
+
+    def rows_before_norm(self, item_codes: Tensor, request_codes: Tensor) -> Tensor:
+        """`forward` without its last norm, for a kernel that makes it together with what follows
+        (`TokenEncoder`).
+        """
+        first, gate, second, _ = self.layers
         codes = torch.cat([item_codes, request_codes], dim=1).split(self.sizes, dim=1)
-        rows = map(mean_rows, [self.item_id, *self.item, *self.request], codes)
-        return self.mlp(torch.cat(list(rows), dim=1))
+        tables = [self.item_id, *self.item, *self.request]
+        dtype, width = unrecorded_dtype(item_codes, self.backend), first.in_features
+        if dtype is None or width % 8 or width > MOST_FUSED_INPUTS:
+            rows = map(mean_rows, tables, codes)
+            return second(gate(first(torch.cat(list(rows), dim=1))))
+
+        # where Triton is not installed, CPUs still work
+        from kernels.frozen_tokens.triton_launch import launch_linear_swish
+        from kernels.linear.weights import cast_weight
+
+        x_TK = _look_up_all(tables, codes, width, dtype)
+        weight, norm = cast_weight(first.weight, dtype), gate.norm
+        h_TN = launch_linear_swish(x_TK, weight, first.bias, norm.weight, norm.bias, norm.eps)
+        return second(h_TN)
+
+
+def unrecorded_dtype(x: Tensor, backend: Backend) -> torch.dtype | None:
+    """The type in which the kernels of `kernels/frozen_tokens` compute on `x`'s device; None where
+    PyTorch and training's own kernels do: where gradients are recorded, on a CPU, in float32 on a
+    GPU, whose products the library does faster.
+    """
+    if torch.is_grad_enabled() or len(x) == 0 or choose_backend(backend, x) != "triton":
+        return None
+    kind = x.device.type
+    dtype = torch.float32
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return dtype if dtype.itemsize == 2 or kind == "cpu" else None
+
+
+def _look_up_all(
+    tables: Sequence[nn.Module], codes: Sequence[Tensor], width: int, dtype: torch.dtype
+) -> Tensor:
+    """[T, width] in `dtype`: `mean_rows` of each table side by side."""
+    from kernels.frozen_tokens.triton_launch import launch_look_up
+
+    x_TK = torch.empty(len(codes[0]), width, dtype=dtype, device=codes[0].device)
+    begin = 0
+    for table, own in zip(tables, codes, strict=True):
+        rows = None
+        if isinstance(table, nn.Embedding) and own.shape[1] == 1:
+            end = begin + table.embedding_dim
+            launch_look_up(own[:, 0], table.weight, x_TK[:, begin:end])
+        else:
+            rows = mean_rows(table, own)
+            end = begin + rows.shape[1]
+            x_TK[:, begin:end] = rows
+        begin = end
+    return x_TK
 
 
 def mean_rows(table: nn.Module, codes: Tensor) -> Tensor:
@@ -338,6 +405,8 @@ class ContextEncoder(nn.Module):
 class TokenEncoder(nn.Module):
     """SequenceBatch → Tokens."""
 
+    one_token_per_event = True
+
     def __init__(
         self,
         inputs: InputConfig,
@@ -392,10 +461,28 @@ class TokenEncoder(nn.Module):
         return position, BUCKETS[self.time_anchor](batch.gap_ms, self.time.num_embeddings)
 
     def forward(self, batch: SequenceBatch) -> Tokens:
+        if self._places_rows(batch):
+            return self._placed_tokens(batch)
+
         tokens = self.sequence_tokens(batch)
         if self.context is not None:
             tokens = prepend_context(self.context(batch.user_codes), tokens)
         return replace(tokens, x_TE=self.dropout(tokens.x_TE))
+
+    def _placed_tokens(self, batch: SequenceBatch) -> Tokens:
+        """The same where `_places_rows`: rows are written behind their context at once."""
+        no_rows = batch.position.new_empty(batch.num_tokens, 0)
+        tokens = self.as_tokens(no_rows, batch)
+        if self.context is None:
+            return replace(tokens, x_TE=self._placed_rows(batch, 0, batch.num_tokens))
+
+        context = self.context(batch.user_codes)
+        tokens = prepend_context(context[:, :, :0], tokens)
+        x_TE = self._placed_rows(batch, self.num_context, len(tokens.x_TE))
+        # where each sequence begins, and its context
+        first = tokens.seq_offsets[:-1, None] + torch.arange(self.num_context, device=x_TE.device)
+        x_TE.index_copy_(0, first.flatten(), context.flatten(0, 1).to(x_TE.dtype))
+        return replace(tokens, x_TE=self.dropout(x_TE))
 
     def sequence_tokens(self, batch: SequenceBatch) -> Tokens:
         """History rows and candidates, one token each, without their context."""
@@ -424,6 +511,9 @@ class TokenEncoder(nn.Module):
 
     def event_rows(self, batch: SequenceBatch) -> Tensor:
         """[T, d]: history rows and candidates, no context; none depends on another."""
+        if self._places_rows(batch):
+            return self._placed_rows(batch, 0, batch.num_tokens)
+
         x_TE = self.item_rows(batch)
         if not self._shares_states(batch):
             return self.add_position_and_time(x_TE + self.action_rows(batch), batch)
@@ -437,6 +527,46 @@ class TokenEncoder(nn.Module):
         number = self.action.number_states(*self._action_masks(batch))
         number = number.masked_fill(is_target, self.action.num_states)
         return self.add_position_and_time(x_TE, batch, third=(self._states_table(), number))
+
+    def _places_rows(self, batch: SequenceBatch) -> bool:
+        """True where one kernel makes the content's last norm, adds position, time and actions and
+        writes each row to its place: in a pass without gradients, of rows that hold no more.
+        """
+        if self.outcome is not None or (self.dense is not None and batch.dense is not None):
+            return False
+        if unrecorded_dtype(batch.position, self.backend) is None:
+            return False
+        return self.one_token_per_event and self._shares_states(batch)
+
+    def _placed_rows(self, batch: SequenceBatch, num_context: int, num_rows: int) -> Tensor:
+        """[num_rows, d]: `event_rows` where `_places_rows`, each sequence's behind `num_context`
+        rows that are not written.
+        """
+        from kernels.frozen_tokens.triton_launch import (
+            TokenSequences,
+            find_token_rows,
+            launch_place,
+        )
+        from kernels.linear.weights import cast_weight
+
+        found = find_token_rows(
+            batch.position,
+            batch.gap_ms,
+            (batch.action_mask, batch.known_mask),
+            TokenSequences(batch.seq_offsets, batch.num_targets, num_context),
+            (self.position.num_embeddings, self.time.num_embeddings),
+            self.time_anchor,
+            num_actions=len(self.action.bits),
+            merged=not self.heterogeneous,
+        )
+        x_TE = self.content.rows_before_norm(batch.item_codes, batch.request_codes)
+        norm = self.content.layers[-1]
+        tables = (
+            cast_weight(self.position.weight, x_TE.dtype),
+            cast_weight(self.time.weight, x_TE.dtype),
+            self._states_table(),
+        )
+        return launch_place(x_TE, (norm.weight, norm.bias, norm.eps), tables, found, num_rows)
 
     def _states_table(self) -> Tensor:
         """[3 ** actions + 1, d]: every state's row, and behind them the candidates'. Of a frozen

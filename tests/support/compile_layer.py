@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from kernels.frozen_tokens import triton_kernels as frozen_kernels
+from kernels.frozen_tokens import triton_launch as frozen
 from kernels.layer_norm import triton_kernels as layer_norm
 from kernels.layer_norm.triton_launch import BACKWARD as NORM_BACKWARD
 from kernels.layer_norm.triton_launch import FORWARD, SWISH_BACKWARD
@@ -27,7 +29,7 @@ from kernels.position_time import triton_launch as placing
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FLOAT32 = {"partial", "scale", "x_scale", "w_scale", "sums", "position_table", "time_table"}
-INT64 = {"position", "gap_ms", "third", "ids", "order", "seed_at"}
+INT64 = {"position", "gap_ms", "third", "ids", "order", "seed_at", "seq_offsets"}
 FLOATS = {"eps", "gain"}
 
 
@@ -139,6 +141,36 @@ def build_position_time(arch: int) -> dict[str, dict]:
     }
 
 
+def build_frozen_tokens(arch: int) -> dict[str, dict]:
+    """Kernels of tokens without gradients; the weights of norms are float32, as a model's are."""
+    tile, inputs = frozen.SWISH, 128
+    swish = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": inputs}
+    swish |= {"TMA": arch == 90, "FAST": True, "EVEN": True}
+    of_swish = dict.fromkeys(("bias", "norm_weight", "norm_bias"), "*fp32")
+    if arch == 90:
+        boxes = {"x": (tile.rows, inputs), "w": (tile.outputs, inputs)}
+        boxes["out"] = tile.rows, tile.outputs
+        of_swish |= {name: f"tensordesc<bf16[{m}, {n}]>" for name, (m, n) in boxes.items()}
+
+    find = {"BLOCK": frozen.FOUND, "EVENT": True, "ACTIONS": 8, "MERGED": False}
+    of_find = dict.fromkeys(("action_mask", "known_mask", "num_targets", "found"), "*i32")
+    rows, block, warps = frozen.PLACED.of(512)
+    of_place = {"found": "*i32", "weight": "*fp32", "bias": "*fp32"}
+    column, of_column = {"ROWS": 32, "BLOCK": 64}, {"codes": "*i32", "table": "*fp32"}
+    place = {"ROWS": rows, "BLOCK": block}
+    kernels = frozen_kernels
+    builds = [
+        ("linear_swish", kernels.linear_swish, swish, of_swish, tile.warps, tile.stages),
+        ("find_token_rows", kernels.find_token_rows, find, of_find, 4, 1),
+        ("place_tokens 512", kernels.place_tokens, place, of_place, warps, 1),
+        ("look_up_column", kernels.look_up_column, column, of_column, 4, 1),
+    ]
+    found = {}
+    for name, kernel, constants, given, warps, stages in builds:
+        found[f"sm_{arch} frozen {name}"] = build(kernel, arch, constants, given, warps, stages)
+    return found
+
+
 def main() -> None:
     found = {}
     for hopper, fp8, silu, slope in (
@@ -215,6 +247,7 @@ def main() -> None:
                 constants["STAGES"] = rows.stages
             found[f"sm_90 {name} {width}"] = build(kernel, 90, constants, given, warps, 1)
     found |= build_position_time(90) | build_position_time(80)
+    found |= build_frozen_tokens(90) | build_frozen_tokens(80)
     print(json.dumps(found, indent=1))
 
 

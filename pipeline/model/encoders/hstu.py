@@ -34,6 +34,8 @@ TIME_BUCKETS = 129  # of the bias: HSTU's research code has 128 and one for all 
 class InterleavedEncoder(TokenEncoder):
     """SequenceBatch → Tokens, `[context | item, action, item, action, … | candidates]`."""
 
+    one_token_per_event = False
+
     def sequence_tokens(self, batch: SequenceBatch) -> Tokens:
         items = self.add_position_and_time(self.item_rows(batch), batch)
         actions = self.add_position_and_time(self.action_rows(batch), batch)
