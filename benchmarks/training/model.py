@@ -57,6 +57,9 @@ LAUNCHED = """ Where the trainer does so, a step is replayed from a CUDA graph, 
 filled up (`train.cuda_graphs`); "launched": one by one, whose kernels are those counted; "busy":
 what the device does in a replayed one, filling and copies with it."""
 REPLAYED = " Inference is replayed too (`GraphedModel`, `serve.cuda_graphs`)."
+# On a GPU a series of calls lasts at least so long: the host's start is no part of a call among
+# others.
+SERIES_MS = 200
 BIASED = "HSTU, merged, relative bias"
 # events per second of ULTRA-HSTU, or of semi-local attention alone, over another model, at 16,384
 # events
@@ -156,21 +159,26 @@ def random_batch(
 def median_ms(call: Callable[[int], object], device: str, repeats: int) -> float:
     """A call among others of its kind, as in training: the host may run ahead of the device.
 
-    Median of 3 series.
+    Median of 3 series, of `repeats` calls each or, on a GPU, of as many as take `SERIES_MS`.
     """
-    for i in range(3):  # compiles kernels, fills the allocator
+    for i in range(2):  # compiles kernels, fills the allocator
         call(i)
-    times = []
-    for _ in range(3):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for i in range(repeats):
-            call(i)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - begin) / repeats)
-    return statistics.median(times)
+    alone = series_ms(call, device, 1)
+    if device == "cuda":
+        repeats = max(repeats, math.ceil(SERIES_MS / alone))
+    return statistics.median(series_ms(call, device, repeats) for _ in range(3))
+
+
+def series_ms(call: Callable[[int], object], device: str, repeats: int) -> float:
+    """Milliseconds of one of `repeats` calls, the last of which has ended."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for i in range(repeats):
+        call(i)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - begin) / repeats
 
 
 def device_ms(call: Callable[[int], object], device: str, shown: int = 0) -> float:
@@ -317,6 +325,9 @@ def part(run: dict[str, Any]) -> str:
     found, sizes = run["models"], run["sizes"]
     lengths = sorted({int(length) for by_length in found.values() for length in by_length})
     machine = run["environment"]
+    longer = ""
+    if "series_ms" in run:
+        longer = f", or of as many as take {run['series_ms'] / 1000:g} s"
     parts = [
         f"`{run['command']}`, one {machine['device']}, torch {machine['torch']}, triton "
         f"{machine['triton']}: "
@@ -324,10 +335,9 @@ def part(run: dict[str, Any]) -> str:
         f"of {sizes['width']}, "
         f"{sizes['events']:,} events a batch and {sizes['candidates']} candidates a user, bf16 "
         "autocast, medians of "
-        f"3 series of {sizes['repeats']} calls. A training step is the trainer's: forward, loss, "
-        "backward, both "
-        "optimizers. ULTRA-HSTU keeps 1,024 events after 4 of 12 layers; window 256, full rows "
-        "256. "
+        f"3 series of {sizes['repeats']} calls{longer}. A training step is the trainer's: "
+        "forward, loss, backward, both optimizers. ULTRA-HSTU keeps 1,024 events after 4 of 12 "
+        "layers; window 256, full rows 256. "
         + run.get("note", ""),  # what is to be known of a run, written into its file by hand
     ]
     for way, title in (("train", "Training"), ("infer", "Inference")):
@@ -432,6 +442,7 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.training.model", *other]),
         "environment": environment(options.device),
         "sizes": sizes,
+        "series_ms": SERIES_MS,
         "models": found,
     }
     failed = 0
