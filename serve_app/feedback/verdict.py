@@ -87,7 +87,11 @@ def compare_counts(
         half = interval_width(champion.variance + canary.variance, num_units, alpha)
 
     low, high = difference - half, difference + half
-    says = "better" if low > 0 else "worse" if high < 0 else "undecided"
+    says = "undecided"
+    if low > 0:
+        says = "better"
+    elif high < 0:
+        says = "worse"
     return TaskVerdict(task, champion.rate, canary.rate, difference, low, high, says)
 
 
@@ -151,49 +155,90 @@ def judge_trial(
     is drawn for; without, only of units that also got answers.
     """
     answers = _each_answer_once(served)
-    of_canary = (answers["role"] == CANARY) & (answers["version"] == canary_version)
+    trial = _find_trial(answers, canary_version)
+    if trial is None:
+        return None
+
+    roles = {CHAMPION: trial.of_champion, CANARY: trial.of_canary}
+    outcomes = _outcomes_by_request(events, tasks)
+    verdicts = []
+    for task in tasks:
+        counts = _count_outcomes(answers, roles, outcomes[task])
+        verdicts.append(compare_counts(task, counts[CHAMPION], counts[CANARY]))
+
+    # a canary that fails has no later answer, and its failures count all the same
+    answered = roles | {CHAMPION: trial.of_champion_since}
+    failures = _count_failures(served, answers, answered, canary_version, share)
+
+    num_answers, num_units, p99_ms = {}, {}, {}
+    for role, mine in roles.items():
+        num_answers[role] = int(mine.sum())
+        num_units[role] = len(np.unique(answers["unit"][mine]))
+        p99_ms[role] = float(np.percentile(answers["ranker_ms"][mine], 99))
+
+    return Verdict(
+        versions={CHAMPION: trial.champion_version, CANARY: canary_version},
+        answers=num_answers,
+        units=num_units,
+        tasks=verdicts,
+        p99_ms=p99_ms,
+        is_slow=p99_ms[CANARY] > (1 + max_slower) * p99_ms[CHAMPION],
+        failures=compare_counts("failures", failures[CHAMPION], failures[CANARY]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Which answers count, bool [A] each.
+
+    answers       1a 2c 1a 2c 1a     version and role, a champion and c canary: the trial is of 2
+    of_canary        x     x
+    of_champion         x            between the canary's first and last
+    ... since           x     x      the canary's first and later
+    """
+
+    champion_version: int
+    of_champion: np.ndarray
+    of_champion_since: np.ndarray
+    of_canary: np.ndarray
+
+
+def _find_trial(answers: Mapping[str, np.ndarray], canary_version: int) -> _Trial | None:
+    """None where one of the versions has not answered anybody."""
+    role, version, served_at = answers["role"], answers["version"], answers["served_at"]
+    of_canary = (role == CANARY) & (version == canary_version)
     if not of_canary.any():
         return None
-    served_at = answers["served_at"]
+
     begin_ms, end_ms = served_at[of_canary].min(), served_at[of_canary].max()
     in_trial = (served_at >= begin_ms) & (served_at <= end_ms)
     # the canary itself answers as champion once it is promoted
-    is_other = answers["version"] != canary_version
-    of_champion = in_trial & (answers["role"] == CHAMPION) & is_other
-    if not of_champion.any():
+    of_champions = in_trial & (role == CHAMPION) & (version != canary_version)
+    if not of_champions.any():
         return None
-    champion_version = int(answers["version"][of_champion].max())
-    of_champion &= answers["version"] == champion_version
 
-    # a canary that fails has no later answer, and its failures count all the same
-    since_begin = (served_at >= begin_ms) & (answers["role"] == CHAMPION)
-    since_begin &= answers["version"] == champion_version
-
-    roles = {CHAMPION: of_champion, CANARY: of_canary}
-    done = _outcomes_by_request(events, tasks)
-    units = {role: np.unique(answers["unit"][mine]) for role, mine in roles.items()}
-    verdicts = []
-    for task in tasks:
-        outcomes = np.array([done[task].get(one, 0) for one in answers["request_id"].tolist()])
-        counts = {}
-        for role, mine in roles.items():
-            _, unit = np.unique(answers["unit"][mine], return_inverse=True)
-            num_answers = np.bincount(unit).astype(float)
-            counts[role] = UnitCounts(num_answers, np.bincount(unit, outcomes[mine]))
-        verdicts.append(compare_counts(task, counts[CHAMPION], counts[CANARY]))
-
-    answered = roles | {CHAMPION: since_begin}
-    failures = _count_failures(served, answers, answered, canary_version, share)
-    p99 = {role: float(np.percentile(answers["ranker_ms"][m], 99)) for role, m in roles.items()}
-    return Verdict(
-        {CHAMPION: champion_version, CANARY: canary_version},
-        {role: int(mine.sum()) for role, mine in roles.items()},
-        {role: len(found) for role, found in units.items()},
-        verdicts,
-        p99,
-        p99[CANARY] > (1 + max_slower) * p99[CHAMPION],
-        compare_counts("failures", failures[CHAMPION], failures[CANARY]),
+    champion_version = int(version[of_champions].max())
+    is_champion = (role == CHAMPION) & (version == champion_version)
+    return _Trial(
+        champion_version=champion_version,
+        of_champion=is_champion & in_trial,
+        of_champion_since=is_champion & (served_at >= begin_ms),
+        of_canary=of_canary,
     )
+
+
+def _count_outcomes(
+    answers: Mapping[str, np.ndarray], roles: Mapping[str, np.ndarray], done: Mapping[str, int]
+) -> dict[str, UnitCounts]:
+    """Answers and outcomes of each unit, by role; `done` says how many outcomes a request has."""
+    outcomes = np.array([done.get(request, 0) for request in answers["request_id"].tolist()])
+
+    counts = {}
+    for role, mine in roles.items():
+        _, unit = np.unique(answers["unit"][mine], return_inverse=True)
+        num_answers = np.bincount(unit).astype(float)
+        counts[role] = UnitCounts(num_answers, np.bincount(unit, outcomes[mine]))
+    return counts
 
 
 def _count_failures(
@@ -217,12 +262,12 @@ def _count_failures(
             drawn = [in_share(unit, canary_version, share) for unit in failed]
             is_mine = np.array(drawn, bool) == (role == CANARY)
 
+        # a row for each answer, then one for each failure
         units = np.concatenate([answered, failed[is_mine]])
-        _, unit = np.unique(units, return_inverse=True)
         did_fail = np.arange(len(units)) >= len(answered)
-        counts[role] = UnitCounts(
-            np.bincount(unit).astype(float), np.bincount(unit, did_fail.astype(float))
-        )
+        _, unit = np.unique(units, return_inverse=True)
+        num_requests = np.bincount(unit).astype(float)
+        counts[role] = UnitCounts(num_requests, np.bincount(unit, did_fail.astype(float)))
     return counts
 
 

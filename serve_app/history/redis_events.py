@@ -58,6 +58,7 @@ class RedisEvents:
     ) -> None:
         self.prefix = prefix
         self.is_checked = False  # it keeps what it acknowledges
+
         password = None if password_file is None else _read(password_file)
         retry = redis.retry.Retry(redis.backoff.ExponentialBackoff(cap=0.5, base=0.05), TRIES)
         try:
@@ -83,20 +84,23 @@ class RedisEvents:
     def append(self, events: Sequence[Event]) -> list[EventStatus]:
         if not events:
             return []
+
         self._check_late()
-        rows = [(self._key(event.user_id), _field(event), _value(event)) for event in events]
+        values = [_value(event) for event in events]
         with _store_errors(), self._client.pipeline(transaction=True) as pipe:
-            for key, field, value in rows:
+            for event, value in zip(events, values, strict=True):
+                key, field = self._key(event.user_id), _field(event)
                 pipe.hsetnx(key, field, value)
                 pipe.hget(key, field)
             answers = pipe.execute()
 
         # two answers for each event: was it new, and what is kept
+        were_new, are_kept = answers[::2], answers[1::2]
         statuses: list[EventStatus] = []
-        for event, fresh, kept, row in zip(events, answers[::2], answers[1::2], rows, strict=True):
-            if fresh:
+        for event, value, new, kept in zip(events, values, were_new, are_kept, strict=True):
+            if new:
                 statuses.append("accepted")
-            elif kept == row[2]:
+            elif kept == value:
                 statuses.append("already_there")
             else:
                 statuses.append(self._merge(event))
@@ -129,6 +133,7 @@ class RedisEvents:
                     merged = merge_postings(_event(event.user_id, field, kept), event)
                 if merged is None:
                     return "conflict"
+
                 new = _value(merged)
                 if new == kept:
                     return "already_there"
@@ -151,6 +156,7 @@ class RedisEvents:
         self, user_id: int, before_ms: int, most: int, columns: EventColumns
     ) -> dict[str, np.ndarray]:
         keys = sorted(self.keys_of_user(user_id, before_ms), reverse=True)
+        # all of one time, or none: their order is not that of their keys
         if len(keys) > most:
             since_ms = keys[most - 1][0]
             keys = [key for key in keys if key[0] >= since_ms]
@@ -161,6 +167,7 @@ class RedisEvents:
             asked = fields[begin : begin + SCAN]
             with _store_errors():
                 found = self._client.hmget(self._key(user_id), asked)
+
             for field, value in zip(asked, found, strict=True):  # pyright: ignore
                 if value is not None:  # forgotten meanwhile
                     events.append(_event(user_id, field, value))  # pyright: ignore
@@ -196,6 +203,7 @@ class RedisEvents:
         """Forget those that are still as given; returns how many there were."""
         if not events:
             return 0
+
         with _store_errors(), self._client.pipeline(transaction=True) as pipe:
             for event in events:
                 key, field = self._key(event.user_id), _field(event)
@@ -209,7 +217,9 @@ class RedisEvents:
                 with self._client.pipeline(transaction=True) as pipe:
                     pipe.hlen(self._key(user))
                     pipe.delete(self._key(user))
-                    removed += pipe.execute()[0]
+                    had, _ = pipe.execute()
+                    removed += had
+
             try:
                 # the append-only file has what was added until it is written anew
                 self._client.bgrewriteaof()
@@ -272,13 +282,17 @@ def _read_field(field: str) -> EventKey:
 
 
 def _value(event: Event) -> str:
-    """What is kept of an event: as before outcomes had names of their own, where it has none; with
-    the texts of its ids, where they are text.
+    """What is kept of an event, so that the same event gives the same text.
+
+    always           [request_id, watch_ms, actions, request_features]
+    with outcomes    [..., outcomes]                where it has some
+    with texts       [..., outcomes, [user, item, request]]    where ids are text
     """
     request_id = None if event.request_id is None else int(event.request_id)
     value: list[Any] = [request_id, event.watch_ms, event.actions, event.request_features]
     texts = [id_text(event.user_id), id_text(event.item_id), request_text(event.request_id)]
     with_texts = any(text is not None for text in texts)
+
     if event.outcomes or with_texts:
         value.append(event.outcomes)
     if with_texts:
@@ -287,11 +301,13 @@ def _value(event: Event) -> str:
 
 
 def _event(user_id: int, field: str, value: str) -> Event:
+    """The event that `_field` and `_value` keep."""
     event_time, item_id = _read_field(field)
     request_id, watch_ms, actions, features, *more = json.loads(value)
     outcomes = more[0] if more else {}
     texts = more[1] if len(more) > 1 else [None] * 3
     user_text, item_text, text_of_request = texts
+
     return Event.model_construct(
         user_id=read_id(user_id, user_text),
         item_id=read_id(item_id, item_text),
