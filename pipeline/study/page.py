@@ -26,6 +26,7 @@ Figures = dict[str, Any]
 PAPER = {"train_gflop": 5.3, "infer_gflop": 21.4}  # ULTRA-HSTU, arXiv:2602.16986, figure 1
 MARKERS = "ov^sDP*X"
 WANTED_SIZES, WANTED_DECADES = 5, 2.5
+NEARLY = 0.005  # of AUC, below the best
 
 
 def write_study(folder: Path, figures: Figures) -> Path:
@@ -111,12 +112,14 @@ def _best_lines(figures: Figures) -> list[str]:
     """The best point, and the cheapest that is nearly as good."""
     points = _whole_points(figures)
     best = max(points, key=lambda point: point["auc"])
-    near = [point for point in points if point["auc"] >= best["auc"] - 0.005]
+    near = [point for point in points if point["auc"] >= best["auc"] - NEARLY]
     cheapest = min(near, key=lambda point: point["infer_gflop"])
+
     line = f"Best: {_point_words(best)}, AUC {best['auc']:.4f}"
     reached = share_reached(figures, best)
     if reached is not None:
         line += f", {reached:.0%} of what is reachable"
+
     lines = [line + "."]
     if cheapest is not best:
         saved = best["infer_gflop"] / cheapest["infer_gflop"]
@@ -133,6 +136,7 @@ def _ratio_lines(figures: Figures) -> list[str]:
         for encoder, entry in figures["slopes"][cost].items():
             if encoder == figures["baseline"]:
                 continue
+
             what = f"{html.escape(encoder)} over {html.escape(figures['baseline'])}, {COSTS[cost]}"
             if entry["ratio"] is None:
                 lines.append(
@@ -150,27 +154,34 @@ def next_lines(figures: Figures) -> list[str]:
     """What a doubling of the model, of the history and of the data would give at the top."""
     lines = []
     for encoder in figures["encoders"]:
-        parts = []
-        for law in figures["laws"]:
-            if law["encoder"] == encoder:
-                gain = interval_text(law["power"]["gain_of_doubling"], ".4f")
-                parts.append(
-                    f"at {law['length']} rows twice the training FLOP in a larger model would give "
-                    f"{gain} of NE"
-                )
-        longer = _gain_of_length(figures, encoder)
-        if longer is not None:
-            size, gain = longer
-            shorter, longest = figures["lengths"][-2:]
-            name = html.escape(size)
-            parts.append(f"{longest} rows in the place of {shorter} gave {name} {gain:.4f}")
-        less = figures["data"]["less"].get(encoder)
-        if less is not None:
-            lost = interval_text(less["lost"], ".4f")
-            parts.append(f"{less['share']:.0%} of the data costs {lost}")
+        parts = _next_parts(figures, encoder)
         if parts:
             lines.append(f"{html.escape(encoder)}: " + "; ".join(parts) + ".")
     return lines
+
+
+def _next_parts(figures: Figures, encoder: str) -> list[str]:
+    parts = []
+    for law in figures["laws"]:
+        if law["encoder"] == encoder:
+            gain = interval_text(law["power"]["gain_of_doubling"], ".4f")
+            parts.append(
+                f"at {law['length']} rows twice the training FLOP in a larger model would give "
+                f"{gain} of NE"
+            )
+
+    longer = _gain_of_length(figures, encoder)
+    if longer is not None:
+        size, gain = longer
+        shorter, longest = figures["lengths"][-2:]
+        name = html.escape(size)
+        parts.append(f"{longest} rows in the place of {shorter} gave {name} {gain:.4f}")
+
+    less = figures["data"]["less"].get(encoder)
+    if less is not None:
+        lost = interval_text(less["lost"], ".4f")
+        parts.append(f"{less['share']:.0%} of the data costs {lost}")
+    return parts
 
 
 def _gain_of_length(figures: Figures, encoder: str) -> tuple[str, float] | None:
@@ -215,6 +226,7 @@ def _slope_table(figures: Figures) -> str:
         for encoder, entry in figures["slopes"][cost].items():
             paper = PAPER.get(cost)
             is_base = encoder == figures["baseline"]
+
             rows.append(
                 [
                     words,
@@ -235,6 +247,7 @@ def _prediction_table(figures: Figures) -> str:
             "<p>The largest size was not predicted: that takes five sizes of an encoder at one "
             "length.</p>"
         )
+
     rows = []
     for name, entry in found.items():
         rows.append(
@@ -253,8 +266,7 @@ def _prediction_table(figures: Figures) -> str:
 
 
 def _law_table(figures: Figures) -> str:
-    rows = []
-    short = []
+    rows, short = [], []
     for law in figures["laws"]:
         power = law["power"]
         rows.append(
@@ -272,6 +284,7 @@ def _law_table(figures: Figures) -> str:
             short.append(f"{html.escape(law['encoder'])}/{law['length']}")
     if not rows:
         return "<p>No law: that takes four sizes of an encoder at one length.</p>"
+
     note = ""
     if short:
         note = (
@@ -290,12 +303,12 @@ def _data_part(figures: Figures) -> str:
         ["approximate entropy, mean over users", number_text(quality["entropy"], ".3f")],
         ["D' = rows / approximate entropy", number_text(quality["effective_tokens"], ",.0f")],
     ]
-    text = html_table(["", ""], rows)
-    text += (
+    text = html_table(["", ""], rows) + (
         "<p>D' (arXiv:2412.00430) weighs rows by how regular the sequences are: at an equal number "
         "of rows the larger D' promises more. It compares data, not models; a sequence without "
         "repeats has an entropy near 0 by construction, so read it beside the share above.</p>"
     )
+
     less = []
     for encoder, entry in figures["data"]["less"].items():
         share = f"{entry['share']:.0%}"
@@ -309,6 +322,7 @@ def _data_part(figures: Figures) -> str:
 def _reachable_table(figures: Figures) -> str:
     if figures["reachable"] is None:
         return ""
+
     rows = []
     for length, best in figures["reachable"].items():
         rows.append([length, f"{best['auc']:.4f}", f"{best['ne']:.4f}"])
@@ -328,6 +342,7 @@ def _points_table(figures: Figures) -> str:
         auc = f"{point['auc']:.4f}"
         if share == 1.0 and key in fronts:
             auc = f"<b>{auc}</b>"
+
         reached = share_reached(figures, point)
         rows.append(
             [
@@ -351,7 +366,10 @@ def _points_table(figures: Figures) -> str:
 def _failed_part(figures: Figures) -> str:
     if not figures["failed"]:
         return ""
-    rows = [[html.escape(name), html.escape(why)] for name, why in figures["failed"].items()]
+
+    rows = []
+    for name, why in figures["failed"].items():
+        rows.append([html.escape(name), html.escape(why)])
     words = "<h2>Not finished</h2><p>The same command tries these again.</p>"
     return words + html_table(["", "why"], rows)
 
@@ -374,10 +392,13 @@ def draw_slopes(figures: Figures) -> Figure:
             costs = np.array([point[cost] for point in rungs])
             gains = np.array([start - point["ne"]["value"] for point in rungs])
             axes.plot(costs, gains, MARKERS[number % len(MARKERS)], color=f"C{number}")
+
+            # the slope's line goes through the middle of the points
             if encoder in figures["slopes"][cost]:
                 slope = figures["slopes"][cost][encoder]["slope"]["value"]
                 line = gains.mean() + slope * (costs - costs.mean())
                 axes.plot(costs, line, color=f"C{number}", label=f"{encoder}: {slope:.3g}")
+
         axes.set(xlabel=words, ylabel="NE gain")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(title="slope", fontsize=8)
@@ -393,12 +414,14 @@ def draw_laws(figures: Figures) -> Figure:
     columns = min(3, len(lengths))
     rows = math.ceil(len(lengths) / columns)
     figure = Figure(figsize=(4.5 * columns, 3.8 * rows), layout="constrained")
+
     for place, length in enumerate(lengths, 1):
         axes = figure.add_subplot(rows, columns, place)
         for number, encoder in enumerate(figures["encoders"]):
             marker = MARKERS[number % len(MARKERS)]
             if not with_laws or (encoder, length) in with_laws:
                 _draw_law(axes, figures, encoder, length, f"C{number}", marker)
+
         axes.set(xscale="log", xlabel=COSTS["train_gflop"], ylabel="NE", title=f"{length} rows")
         if place == 1 and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
@@ -408,25 +431,32 @@ def draw_laws(figures: Figures) -> Figure:
 def _draw_law(
     axes: Axes, figures: Figures, encoder: str, length: int, colour: str, marker: str
 ) -> None:
+    """The points of one encoder at one length with their intervals, the laws through them, and the
+    largest size as it was predicted.
+    """
     mine = []
     for point in _whole_points(figures):
         if (point["encoder"], point["length"]) == (encoder, length):
             mine.append(point)
+
     for point in mine:
-        is_largest = point["size"] == figures["sizes"][-1]
-        ne = point["ne"]
-        error = None
+        ne, error = point["ne"], None
         if ne["low"] is not None:
-            error = [[max(ne["value"] - ne["low"], 0)], [max(ne["high"] - ne["value"], 0)]]
+            below, above = ne["value"] - ne["low"], ne["high"] - ne["value"]
+            error = [[max(below, 0)], [max(above, 0)]]
+
+        is_largest = point["size"] == figures["sizes"][-1]
         form = "*" if is_largest else marker
         axes.errorbar(point["train_gflop"], ne["value"], error, fmt=form, color=colour, capsize=2)
 
     for law in figures["laws"]:
         if (law["encoder"], law["length"]) != (encoder, length):
             continue
+
         flops = np.array([point["train_gflop"] for point in mine])
         grid = np.geomspace(flops.min(), 2 * flops.max(), 60)
         log, power = law["log"], law["power"]
+
         straight = log["a"]["value"] + log["b"]["value"] * np.log(grid)
         curved = power["a"]["value"] + power["b"]["value"] * grid ** -power["c"]["value"]
         axes.plot(grid, straight, ":", color=colour)
@@ -442,17 +472,20 @@ def draw_fronts(figures: Figures) -> Figure:
     """AUC against each cost, the points of an encoder in one colour, and the front of all."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     points = _whole_points(figures)
+
     for place, (cost, words) in enumerate(COSTS.items(), 1):
         axes = figure.add_subplot(2, 2, place)
         for number, encoder in enumerate(figures["encoders"]):
             mine = [point for point in points if point["encoder"] == encoder]
             values = _columns(mine, cost)
             axes.plot(*values, MARKERS[number % len(MARKERS)], label=encoder, color=f"C{number}")
+
         costs, aucs = _columns(points, cost)
         front = pareto_front(costs, aucs)
         order = np.argsort(costs[front])
         steps = costs[front][order], aucs[front][order]
         axes.step(*steps, where="post", color="grey", linewidth=1)
+
         if figures["reachable"] is not None:
             axes.axhline(figures["reachable"]["all"]["auc"], linestyle=":", color="black")
         axes.set(xscale="log", xlabel=words, ylabel="AUC")
@@ -481,6 +514,7 @@ def console_table(figures: Figures) -> str:
             f"GFLOP {point['train_gflop']:.3g} / {point['infer_gflop']:.3g}  "
             f"{point['train_seconds']:.0f} s"
         )
+
     for name, entry in figures["predictions"].items():
         for law in ("log", "power"):
             lines.append(

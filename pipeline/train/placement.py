@@ -48,15 +48,15 @@ def table_shapes(
     """Rows and width of every table of the model, by the name it has in `train.tables`."""
     columns = *features.item.values(), *features.request.values(), *features.user.values()
     widths = features.item_id_dim, *(column.dim for column in columns)
-    shapes = {
-        name: (vocab_sizes[name], width)
-        for name, width in zip(features.tables, widths, strict=True)
-    }
-    # Of a fixed size, and small: always replicated.
-    return shapes | {
-        "position": (model.position_buckets, model.d_model),
-        "time": (model.time_buckets, model.d_model),
-    }
+
+    shapes = {}
+    for name, width in zip(features.tables, widths, strict=True):
+        shapes[name] = vocab_sizes[name], width
+
+    # of a fixed size, and small: always replicated
+    shapes["position"] = model.position_buckets, model.d_model
+    shapes["time"] = model.time_buckets, model.d_model
+    return shapes
 
 
 def place_tables(
@@ -66,10 +66,16 @@ def place_tables(
     vocab_sizes: dict[str, int],
     world_size: int,
 ) -> dict[str, Placement]:
-    """The placement of every table of the model, by `train.tables` and its neighbours."""
+    """The placement of every table of the model, by `train.tables` and its neighbours.
+
+    two ranks, train.tables {item_id: sharded}
+    item_id         5 rows of 8     rank 0 holds 0 .. 2, rank 1 holds 3 and 4
+    user.age        4 rows of 2     both hold all
+    """
     plan = {}
     for name, (rows, width) in table_shapes(features, model, vocab_sizes).items():
         grows = name in features.tables
+
         plan[name] = Placement(
             rows=rows,
             width=width,
@@ -82,12 +88,14 @@ def place_tables(
 
 
 def _is_sharded(train: TrainConfig, name: str, numbers: int, world_size: int) -> bool:
-    placement = train.tables.get(name, train.tables.get("default", "auto"))
-    if placement == "auto":
-        # The exchange is what brings bfloat16 rows to the batch as float32, with one rank too.
-        large = world_size > 1 and 4 * numbers > train.shard_above_mb * 2**20
-        return large or name in train.bf16_tables
-    return placement == "sharded"
+    by_default = train.tables.get("default", "auto")
+    placement = train.tables.get(name, by_default)
+    if placement != "auto":
+        return placement == "sharded"
+
+    is_large = 4 * numbers > train.shard_above_mb * 2**20
+    # the exchange is what brings bfloat16 rows to the batch as float32, with one rank too
+    return (is_large and world_size > 1) or name in train.bf16_tables
 
 
 def describe_tables(plan: dict[str, Placement]) -> dict[str, dict[str, Any]]:
@@ -105,6 +113,7 @@ def describe_tables(plan: dict[str, Placement]) -> dict[str, dict[str, Any]]:
             "state_bytes": table.state_bytes,
             "state_on": "host" if table.host_state else "device",
         }
+
         state = "table_state_on_host" if table.host_state else "table_state"
         total["table_weights"] += table.weight_bytes
         total[state] += table.state_bytes
@@ -117,6 +126,7 @@ def _name_spans(table: Placement) -> str:
     for rank in range(table.world_size):
         first, end = table.span(rank)
         named.append(f"{first}-{end - 1}" if end > first else "none")
+
     if len(named) > 4:
         named = [*named[:2], "…", named[-1]]
     return " | ".join(named)

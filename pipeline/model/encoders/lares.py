@@ -72,28 +72,33 @@ class LARES(Encoder):
         for layer in self.pre:
             h_TE = run(layer, h_TE, None)
 
+        # of the last layer of all, the rows that are read are enough
         num_steps, read_step = self._draw_steps()
+        read = last_rows(tokens, self.num_context, last_history=last_history)
+
         state, between = self._first_state(h_TE), h_TE
         states: list[Tensor] = []
-        read = last_rows(tokens, self.num_context, last_history=last_history)
         for step in range(num_steps):
             state = self.norm_step(self.join(state, h_TE)).to(h_TE.dtype)
             for layer in self.core:
-                last = step == num_steps - 1 and layer is self.core[-1]
-                rows = read if last else None
+                is_last = step == num_steps - 1 and layer is self.core[-1]
+                rows = read if is_last else None
                 state = spread_rows(run(layer, state, rows), rows, len(h_TE))
+
             if step == read_step:
                 between = state
             if self.every_step:
                 states.append(state)
 
-        last = replace(tokens, x_TE=state)
-        encoded = read_rows(last, self.norm_out, self.num_context, last_history=last_history)
+        final = replace(tokens, x_TE=state)
+        encoded = read_rows(final, self.norm_out, self.num_context, last_history=last_history)
         if not self.training or encoded.next_rows is None:
             return encoded
+
+        # what the two stages' losses read besides
         if self.every_step:
-            rows = tuple(self._rows_after(tokens, state) for state in states)
-            return replace(encoded, every_step=rows)
+            after_each = tuple(self._rows_after(tokens, state) for state in states)
+            return replace(encoded, every_step=after_each)
         return replace(encoded, step_rows=self._rows_after(tokens, between))
 
     def _rows_after(self, tokens: Tokens, state: Tensor) -> Tensor:
@@ -138,15 +143,20 @@ class LARES(Encoder):
         causal = kept_pairs(
             tokens.seq_offsets, tokens.num_targets, tokens.target_visible, None, 0, 0
         )
-        of_layer = layer_flops if cfg.loop.layer == "stu" else block_flops
         num_layers = cfg.loop.pre_layers + cfg.loop.steps * cfg.num_layers
+        pairs = num_layers * causal
 
+        # whole layers, and the last one, which makes fewer rows
+        of_layer = layer_flops if cfg.loop.layer == "stu" else block_flops
+        num_rows, last_pairs = last_layer_size(tokens, layout)
+        whole = (num_layers - 1) * of_layer(cfg, num_tokens, causal)
+        last = of_layer(cfg, num_tokens, last_pairs, num_rows)
+
+        # a linear join before each step: from T_{i-1} and H, 2 d numbers, to d
         joined = 2 if cfg.loop.join == "linear" else 0
         joins = cfg.loop.steps * 2 * num_tokens * joined * cfg.d_model * cfg.d_model
-        pairs = num_layers * causal
-        num_rows, last_pairs = last_layer_size(tokens, layout)
-        last = of_layer(cfg, num_tokens, last_pairs, num_rows)
-        flops = (num_layers - 1) * of_layer(cfg, num_tokens, causal) + last + joins
+
+        flops = whole + last + joins
         return Flops(tokens=num_tokens, causal_pairs=pairs, kept_pairs=pairs, flops=flops)
 
 
