@@ -14,10 +14,11 @@ import shlex
 import sys
 import webbrowser
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jobs import cli
-from pipeline.config import Outage, RunConfig
+from pipeline.config import Outage, RunConfig, ServeConfig
 
 if TYPE_CHECKING:
     from pipeline.tracking import PinnedModel
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 def run_job(job: cli.Job) -> None:
     from pipeline.cluster import lost_processes, ray_cluster
-    from serve_app import deployment
+    from serve_app import deployment, replay
 
     cfg = job.cfg
     # mistakes are told before MLflow and Ray are started
@@ -43,7 +44,9 @@ def run_job(job: cli.Job) -> None:
 
         try:
             url = deployment.deploy_model(cfg.folders, cfg.serve, cluster.dashboard_url, champion)
-            print_start(cfg, champion, url, mlflow_url)
+            period = replay.PastPeriod.of_run(cfg)
+            demo = replay.demo_request(period, cfg.model_dir, cfg.serve.demo_candidates)
+            print_start(cfg.serve, cfg.run_dir, champion, url, mlflow_url, demo.body)
             if deployment.has_page(cfg.serve) and not job.options.no_browser:
                 open_page(url)
             cli.wait_for_interrupt(require_cluster)
@@ -79,23 +82,28 @@ def require_cluster() -> None:
         raise Outage(f"the server is gone: its Ray cluster has lost {', '.join(lost)}")
 
 
-def print_start(cfg: RunConfig, champion: "PinnedModel", url: str, mlflow_url: str) -> None:
-    """Addresses, and a request to begin with."""
+def print_start(
+    serve: ServeConfig,
+    run_dir: Path,
+    champion: "PinnedModel",
+    url: str,
+    mlflow_url: str,
+    body: dict[str, Any],
+) -> None:
+    """Addresses, and a rank request to begin with, of the first candidates of `body`."""
 
-    from serve_app import deployment, replay
+    from serve_app import deployment
 
     print(f"{champion.name} version {champion.version} answers at {url} (interactive: {url}/docs)")
-    if deployment.has_page(cfg.serve):
+    if deployment.has_page(serve):
         print(f"a page to look at: {url}/")
     print(f"MLflow: {mlflow_url}")
-    print(f"logs: {cfg.run_dir / 'serving' / 'logs'}")
+    print(f"logs: {run_dir / 'serving' / 'logs'}")
     print(open_ports())
 
-    period = replay.PastPeriod.of_run(cfg)
-    body = replay.demo_request(period, cfg.model_dir, cfg.serve.demo_candidates).body
-    body["candidates"] = body["candidates"][:5]
-    key = ' -H "Authorization: Bearer $API_KEY"' if cfg.serve.api_keys_file else ""
-    sent = shlex.quote(json.dumps(body))
+    few = body | {"candidates": body["candidates"][:5]}
+    key = ' -H "Authorization: Bearer $API_KEY"' if serve.api_keys_file else ""
+    sent = shlex.quote(json.dumps(few))
     print(f"curl -s {url}/v1/rank{key} -H 'content-type: application/json' -d {sent}")
 
 

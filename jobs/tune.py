@@ -48,7 +48,7 @@ def run_job(job: cli.Job) -> None:
     manifest = store.read_manifest(own.sequence_dir)
     with supervision.only_training(own.runs_dir, own.name):
         if job.options.restart:
-            tuning.forget_search(base)
+            tuning.forget_search(own.run_dir)
         tuning.open_search(base, space, trials)
 
         if job.options.no_tracking:

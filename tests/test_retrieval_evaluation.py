@@ -13,7 +13,7 @@ from pipeline.batches.stored import StoredUsers
 from pipeline.config import RunConfig
 from pipeline.evaluate import evaluator, item_knn, parts, retrieval, spread
 from pipeline.evaluate.item_knn import ItemKNN
-from pipeline.evaluate.retrieval import asked_users, evaluate_retrieval
+from pipeline.evaluate.retrieval import AskedRows, asked_users, evaluate_retrieval
 from pipeline.evaluate.retrieval_metrics import RetrievalMetrics, positive_ranks, top_items
 from pipeline.model.artifact import LoadedModel, load_model, save_model
 from pipeline.model.ranker import RankingModel
@@ -108,6 +108,10 @@ def test_popularity_by_hand(folder: Path, protocol: str, remove_seen: bool) -> N
         assert found[f"val/popularity/{name}"] == pytest.approx(total / len(asked)), name
 
 
+def asked_rows(cfg: RunConfig) -> AskedRows:
+    return AskedRows(cfg.sequence_dir, cfg.split, cfg.evaluate)
+
+
 def test_histories_are_what_lies_before(folder: Path) -> None:
     for protocol in ("global_time", "leave_one_out"):
         cfg = eval_config(folder, retrieval_protocol=protocol)
@@ -115,7 +119,7 @@ def test_histories_are_what_lies_before(folder: Path) -> None:
         by_hand = asked_by_hand(cfg, loaded, cfg.split.val_ms, cfg.split.test_ms)
         found = {}
         for bucket in range(len(store.read_manifest(cfg.sequence_dir).buckets)):
-            users, asked = asked_users(cfg, loaded, "val", bucket)
+            users, asked = asked_users(asked_rows(cfg), loaded, "val", bucket)
             ids = users.user_id[asked.examples.user].tolist()
             found |= dict(zip(ids, asked.examples.num_history.tolist(), strict=True))
         assert found == {user: length for user, (length, _, _) in by_hand.items()}
@@ -139,7 +143,7 @@ def test_item_knn_by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch, most_it
     end_ms = cfg.split.train_end_ms
     knn = ItemKNN.fit(stored, cfg.positive_bits, end_ms, loaded.maps)
     assert (knn.cosines is None) == (most_items == 0)
-    users, asked = asked_users(cfg, loaded, "val", 0)
+    users, asked = asked_users(asked_rows(cfg), loaded, "val", 0)
     scores = knn.scores(users, asked.examples, loaded.maps)
     first, end = int(asked.examples.history_begin[0]), int(asked.examples.history_end[0])
     events = users.events
@@ -228,7 +232,7 @@ def test_users_are_found_by_the_vectors_of_the_pass_that_scores_candidates(
     alone = {}
     for split in evaluator.SPLITS:
         for bucket in range(len(store.read_manifest(cfg.sequence_dir).buckets)):
-            users, asked = asked_users(cfg, loaded, split, bucket)
+            users, asked = asked_users(asked_rows(cfg), loaded, split, bucket)
             rows = retrieval._encode_users(loaded, users, asked.examples, torch.device("cpu"))
             has_history = asked.examples.num_history > 0
             for user, row in zip(users.user_id[asked.examples.user], rows, strict=True):

@@ -260,7 +260,7 @@ def test_a_search_of_a_name_has_one_space(searched: RunConfig, tmp_path: Path) -
         open_with(wider, [0.01, 0.02], 2)
 
     (base.run_dir.parent / "once-tune-00").mkdir()
-    tuning.forget_search(base)
+    tuning.forget_search(base.run_dir.parent / "once-tune")
     left = [path.name for path in base.run_dir.parent.glob("once-tune*")]
     assert left == []
     open_with(wider, [0.01, 0.02], 2)

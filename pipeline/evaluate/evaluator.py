@@ -24,7 +24,7 @@ import torch
 from pipeline.batches.examples import request_examples
 from pipeline.batches.loader import split_bounds
 from pipeline.batches.stored import StoredUsers
-from pipeline.config import EvaluateConfig, RunConfig, SplitConfig, UserError
+from pipeline.config import EvaluateConfig, ModelConfig, RunConfig, SplitConfig, UserError
 from pipeline.evaluate import agreement, plots, slices
 from pipeline.evaluate.item_rates import ItemCounts, baseline_metrics, merge_counts
 from pipeline.evaluate.parts import (
@@ -229,6 +229,9 @@ def _evaluation_job(
 ) -> EvaluationJob:
     """What all parts of an evaluation have in common, here or on the workers of the cluster."""
     spread = is_worth_workers(cfg.evaluate.device, plan_parts(manifest))
+    wants_vectors = model.retrieval.enabled and makes_vectors(
+        cfg.evaluate, model.model, model.examples.max_history
+    )
     return EvaluationJob(
         cfg=scoring_config(cfg, model),
         model_dir=model_dir,
@@ -237,7 +240,7 @@ def _evaluation_job(
         device=evaluation_device(cfg.evaluate, on_cluster=spread),
         spread=spread,
         # from many workers they would be much to send about
-        with_vectors=makes_vectors(cfg.evaluate, model) and not spread,
+        with_vectors=wants_vectors and not spread,
     )
 
 
@@ -246,12 +249,13 @@ def _score_store(job: EvaluationJob, manifest: store.Manifest) -> StoreScores:
     return _merged(score_parts(job, plan_parts(manifest)), job.splits)
 
 
-def makes_vectors(cfg: EvaluateConfig, model: RunConfig) -> bool:
-    """True where scoring gives retrieval the vectors of its users: a history encoded once for
+def makes_vectors(cfg: EvaluateConfig, model: ModelConfig, max_history: int | None) -> bool:
+    """True where scoring can give retrieval the vectors of its users: a history encoded once for
     both. Retrieval is measured in float32, whatever the layers that score have.
     """
-    is_asked = model.retrieval.enabled and cfg.sample is None and cfg.precision == "fp32"
-    return is_asked and model.examples.max_history is None and shares_history_rows(model.model)
+    in_float32 = cfg.precision == "fp32"
+    of_whole_histories = cfg.sample is None and max_history is None
+    return in_float32 and of_whole_histories and shares_history_rows(model)
 
 
 def _retrieval_metrics(

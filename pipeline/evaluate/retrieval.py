@@ -14,6 +14,7 @@ Users without a history get the list of popular items, as the server answers the
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from pipeline.batches.examples import Examples, UserEvents, history_batch
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.loader import split_bounds, token_batches
 from pipeline.batches.stored import StoredUsers
-from pipeline.config import RunConfig
+from pipeline.config import EvaluateConfig, RunConfig, SplitConfig
 from pipeline.evaluate.asked import Asked, asked_items, seen_items
 from pipeline.evaluate.item_knn import ItemKNN
 from pipeline.evaluate.kept_baselines import baseline_facts, keep_baselines, read_baselines
@@ -40,6 +41,15 @@ from pipeline.sequences import store
 MOST_SCORES = 2**26  # numbers in memory at once
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AskedRows:
+    """The sequences whose users are asked about, and by which protocol."""
+
+    sequence_dir: Path
+    periods: SplitConfig
+    settings: EvaluateConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +111,11 @@ def evaluate_retrieval(
         stored = StoredUsers(cfg.sequence_dir, trained.source, trained.features)
         knn = ItemKNN.fit(stored, trained.positive_bits, trained.split.train_end_ms, maps)
 
-    parts = []
-    for split in splits:
-        for bucket, entry in enumerate(manifest.buckets):
-            parts.append(RetrievalPart(split, bucket, entry.rows, not kept[split]))
+    parts = _plan_parts(manifest, kept)
     scorers = ItemScorers(items, knn, users or {})
     if rank_parts is None:
-        ranked = (rank_part(cfg, loaded, scorers, part) for part in parts)
+        rows = AskedRows(cfg.sequence_dir, cfg.split, cfg.evaluate)
+        ranked = (rank_part(rows, loaded, scorers, part) for part in parts)
     else:
         ranked = rank_parts(scorers, parts)
 
@@ -131,6 +139,17 @@ def evaluate_retrieval(
     return found
 
 
+def _plan_parts(
+    manifest: store.Manifest, kept: Mapping[str, dict[str, float]]
+) -> list[RetrievalPart]:
+    """Every bucket in each split; with the baselines where none of theirs are `kept`."""
+    parts = []
+    for split, baselines in kept.items():
+        for bucket, entry in enumerate(manifest.buckets):
+            parts.append(RetrievalPart(split, bucket, entry.rows, with_baselines=not baselines))
+    return parts
+
+
 def _baseline_results(metrics: PartMetrics) -> dict[str, float]:
     """`popularity/hr_10` and so on."""
     found = {}
@@ -140,15 +159,16 @@ def _baseline_results(metrics: PartMetrics) -> dict[str, float]:
 
 
 def rank_part(
-    cfg: RunConfig, loaded: LoadedModel, scorers: ItemScorers, part: RetrievalPart
+    rows: AskedRows, loaded: LoadedModel, scorers: ItemScorers, part: RetrievalPart
 ) -> PartMetrics:
     """The metrics of a part's users."""
-    maps = loaded.maps
+    settings, maps = rows.settings, loaded.maps
     names = ("", *BASELINES) if part.with_baselines else ("",)
-    metrics = _new_metrics(cfg.evaluate.cutoffs, maps, names)
-    users, asked = asked_users(cfg, loaded, part.split, part.bucket)
+    metrics = _new_metrics(settings.cutoffs, maps, names)
+
+    users, asked = asked_users(rows, loaded, part.split, part.bucket)
     vectors = scorers.users.get(part.split)
-    for some in _user_chunks(asked, len(maps.item_ids), cfg.evaluate.batch_tokens):
+    for some in _user_chunks(asked, len(maps.item_ids), settings.batch_tokens):
         seen = seen_items(users, some.examples, maps)
         popularity = torch.from_numpy(maps.next_count[1:]).float()
         if vectors is None:
@@ -164,8 +184,9 @@ def rank_part(
             assert scorers.knn is not None
             lists["popularity/"] = popularity.expand(len(some.examples), -1)
             lists["item_knn/"] = scorers.knn.scores(users, some.examples, maps)
+
         for name, ranked in lists.items():
-            add_lists(metrics[name], ranked, some, seen, cfg.evaluate.remove_seen)
+            add_lists(metrics[name], ranked, some, seen, settings.remove_seen)
     return metrics
 
 
@@ -181,7 +202,8 @@ def rank_for(ranking: RankingJob, part: RetrievalPart) -> PartMetrics:
     """`rank_part` in any process."""
     job, scorers = ranking.job, ranking.scorers
     there = replace(scorers, items=scorers.items.to(job.device))
-    return rank_part(job.cfg, load_for(job), there, part)
+    rows = AskedRows(job.cfg.sequence_dir, job.cfg.split, job.cfg.evaluate)
+    return rank_part(rows, load_for(job), there, part)
 
 
 def _new_metrics(cutoffs: Sequence[int], maps: FeatureMaps, names: Iterable[str]) -> PartMetrics:
@@ -192,14 +214,14 @@ def _new_metrics(cutoffs: Sequence[int], maps: FeatureMaps, names: Iterable[str]
 
 
 def asked_users(
-    cfg: RunConfig, loaded: LoadedModel, split: str, bucket: int
+    rows: AskedRows, loaded: LoadedModel, split: str, bucket: int
 ) -> tuple[UserEvents, Asked]:
     """The users of a bucket of the store, and those of them who took an item in the period."""
     own = loaded.cfg
-    stored = StoredUsers(cfg.sequence_dir, own.source, own.features)
+    stored = StoredUsers(rows.sequence_dir, own.source, own.features)
     users = stored.read_bucket(stored.read_manifest(), bucket)
-    period = split_bounds(cfg.split, split)
-    return users, asked_items(users, period, cfg.evaluate, own.positive_bits, loaded.maps)
+    period = split_bounds(rows.periods, split)
+    return users, asked_items(users, period, rows.settings, own.positive_bits, loaded.maps)
 
 
 def _user_chunks(asked: Asked, num_items: int, batch_tokens: int) -> Iterator[Asked]:

@@ -153,7 +153,7 @@ def read_draw(key: str, raw: Any, base: RunConfig) -> Draw:
             cfg = with_settings(base, {key: value})
         except ConfigError as error:
             raise ConfigError(f"{where}: {value!r} is refused: {error}") from None
-        taken.append(find_setting(cfg, key))
+        taken.append(find_setting(config.to_dict(cfg), key))
     return Draw(kind, tuple(taken))
 
 
@@ -201,9 +201,9 @@ def with_settings(base: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     return cfg
 
 
-def find_setting(cfg: RunConfig, key: str) -> Any:
+def find_setting(settings: Mapping[str, Any], key: str) -> Any:
     """The plain value of a dotted setting; None where a section on the way is null."""
-    node: Any = config.to_dict(cfg)
+    node: Any = settings
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return node
@@ -218,7 +218,8 @@ def draw_trials(base: RunConfig, space: SearchSpace) -> list[Trial]:
     Raises:
         ConfigError: no combination beside the preset's own is possible.
     """
-    own = {key: find_setting(base, key) for key in space.draws}
+    preset = config.to_dict(base)
+    own = {key: find_setting(preset, key) for key in space.draws}
     found, seen, refusal = [(own, base)], {json.dumps(own)}, None
     for number in range(TRIES_PER_TRIAL * space.search.trials):
         if len(found) == space.search.trials:

@@ -108,9 +108,8 @@ def open_search(base: RunConfig, space: SearchSpace, trials: Sequence[Trial]) ->
     hold_to_beginning(own.run_dir / SEARCH, facts, whole, str(own.sequences.from_run))
 
 
-def forget_search(base: RunConfig) -> None:
-    """Remove the files of the search and of all its trials."""
-    folder = search_config(base).run_dir
+def forget_search(folder: Path) -> None:
+    """Remove the search's folder, and those of its trials beside it."""
     for path in folder.parent.glob(f"{folder.name}-[0-9]*"):
         shutil.rmtree(path)
     shutil.rmtree(folder, ignore_errors=True)

@@ -71,7 +71,8 @@ def count_work(cfg: RunConfig, split: str, shared_maps: Path | None) -> PointWor
     if path.exists():
         return PointWork(**json.loads(path.read_text()))
 
-    maps = _maps(cfg, shared_maps)
+    torch.set_num_threads(cfg.train.threads_per_worker)
+    maps = fit_features(cfg) if shared_maps is None else FeatureMaps.load(shared_maps)
     loader = TrainLoader(cfg, maps, step_plan(cfg))
     trained = Flops()
     for batch in itertools.islice(loader.batches(0), COUNTED_STEPS):
@@ -159,8 +160,3 @@ def _score(cfg: RunConfig, split: str, task: str) -> PointScores:
         score_ms_per_item=1000 * seconds / max(len(found.predictions), 1),
         parameters=sum(weight.numel() for weight in loaded.model.parameters()),
     )
-
-
-def _maps(cfg: RunConfig, shared: Path | None) -> FeatureMaps:
-    torch.set_num_threads(cfg.train.threads_per_worker)
-    return fit_features(cfg) if shared is None else FeatureMaps.load(shared)
