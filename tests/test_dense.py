@@ -15,10 +15,10 @@ from pipeline import config
 from pipeline.batches import features
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.counts import LabelCounts, distinct_values, search_sorted
+from pipeline.batches.example_batches import example_batch
 from pipeline.batches.examples import (
     Examples,
     UserEvents,
-    example_batch,
     request_examples,
     training_examples,
     user_events,

@@ -11,9 +11,9 @@ from kernels.position_time.reference import age_bucket
 from pipeline import config
 from pipeline.batches.collate import SequenceBatch, candidates, collate, query_anchored
 from pipeline.batches.events import Events, row_gaps
+from pipeline.batches.example_batches import example_batch
 from pipeline.batches.examples import (
     UserEvents,
-    example_batch,
     request_examples,
     training_examples,
     user_events,

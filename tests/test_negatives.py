@@ -10,13 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.batches.examples import (
-    example_batch,
-    example_candidates,
-    request_examples,
-    user_events,
-    whole_examples,
-)
+from pipeline.batches.example_batches import example_batch, example_candidates
+from pipeline.batches.examples import request_examples, user_events, whole_examples
 from pipeline.batches.features import fit_features
 from pipeline.batches.labels import TaskCounts
 from pipeline.batches.loader import evaluation_batch, split_bounds

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config
-from pipeline.batches.examples import request_examples, target_labels, user_events
+from pipeline.batches.example_batches import target_labels
+from pipeline.batches.examples import request_examples, user_events
 from pipeline.batches.features import fit_features
 from pipeline.batches.loader import split_bounds
 from pipeline.config import RunConfig

@@ -10,13 +10,8 @@ from torch import Tensor
 
 from pipeline import config
 from pipeline.batches.collate import SequenceBatch
-from pipeline.batches.examples import (
-    UserEvents,
-    example_batch,
-    history_batch,
-    user_events,
-    whole_examples,
-)
+from pipeline.batches.example_batches import example_batch, history_batch
+from pipeline.batches.examples import UserEvents, user_events, whole_examples
 from pipeline.batches.features import FeatureMaps, fit_features
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.model.artifact import load_model, save_model

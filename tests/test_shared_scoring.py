@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from pipeline.batches.events import ranges
-from pipeline.batches.examples import (
-    UserEvents,
-    history_batch,
-    request_examples,
-    request_passes,
-    user_events,
-)
+from pipeline.batches.example_batches import history_batch
+from pipeline.batches.examples import UserEvents, request_examples, request_passes, user_events
 from pipeline.batches.features import FeatureMaps, fit_features
 from pipeline.batches.loader import evaluation_batch, token_batches
 from pipeline.config import ModelConfig, RunConfig, from_dict, to_dict

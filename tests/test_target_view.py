@@ -10,11 +10,11 @@ import torch
 from kernels.semi_local_attention.reference import semi_local_mask
 from pipeline.batches.collate import SequenceBatch, TokenPlaces
 from pipeline.batches.events import ranges
+from pipeline.batches.example_batches import example_batch
 from pipeline.batches.examples import (
     Examples,
     UserEvents,
     cut_histories,
-    example_batch,
     keep_weighted,
     request_examples,
     request_passes,

@@ -30,7 +30,8 @@ from benchmarks.quality.side_by_side import run_side_by_side
 from pipeline import config
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.events import Events, offsets_of
-from pipeline.batches.examples import Examples, UserEvents, example_batch, history_batch
+from pipeline.batches.example_batches import example_batch, history_batch
+from pipeline.batches.examples import Examples, UserEvents
 from pipeline.batches.features import FeatureMaps
 from pipeline.config import RunConfig
 from pipeline.evaluate.retrieval_metrics import (

@@ -23,12 +23,8 @@ from benchmarks.machine import environment
 from benchmarks.report import RUNS, table, write_run, write_section
 from pipeline import config
 from pipeline.batches.counts import LabelCounts
-from pipeline.batches.examples import (
-    example_batch,
-    request_examples,
-    training_examples,
-    user_events,
-)
+from pipeline.batches.example_batches import example_batch
+from pipeline.batches.examples import request_examples, training_examples, user_events
 from pipeline.batches.features import FeatureMaps
 from pipeline.figures import Figures
 

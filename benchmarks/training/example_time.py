@@ -22,7 +22,8 @@ import torch
 
 from pipeline import config
 from pipeline.batches.collate import SequenceBatch
-from pipeline.batches.examples import Examples, UserEvents, cut_histories, example_batch
+from pipeline.batches.example_batches import example_batch
+from pipeline.batches.examples import Examples, UserEvents, cut_histories
 from pipeline.batches.features import FeatureMaps, fit_features
 from pipeline.batches.steps import deck_reader, load_plan, step_plan
 from pipeline.batches.stochastic_length import deal_examples, example_loads

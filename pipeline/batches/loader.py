@@ -17,15 +17,8 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.batches.collate import SequenceBatch
-from pipeline.batches.examples import (
-    Examples,
-    UserEvents,
-    candidate_labels,
-    cut_histories,
-    example_batch,
-    example_candidates,
-    request_examples,
-)
+from pipeline.batches.example_batches import candidate_labels, example_batch, example_candidates
+from pipeline.batches.examples import Examples, UserEvents, cut_histories, request_examples
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.steps import (
     StepPlan,

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.batches.examples import Examples, UserEvents, history_batch
+from pipeline.batches.example_batches import history_batch
+from pipeline.batches.examples import Examples, UserEvents
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.loader import split_bounds, token_batches
 from pipeline.batches.stored import StoredUsers
