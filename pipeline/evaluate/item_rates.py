@@ -56,14 +56,18 @@ def count_items(
 
 def merge_counts(parts: Sequence[ItemCounts]) -> ItemCounts:
     """The counts of all parts' rows."""
-    return _grouped(
-        np.concatenate([part.item_id for part in parts]),
-        np.concatenate([part.rows for part in parts]),
-        np.concatenate([part.labels for part in parts]),
-    )
+    items = np.concatenate([part.item_id for part in parts])
+    rows = np.concatenate([part.rows for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
+    return _grouped(items, rows, labels)
 
 
 def _grouped(item_id: np.ndarray, rows: np.ndarray, labels: np.ndarray) -> ItemCounts:
+    """The sums by item.
+
+    item_id   7  3  7        item_id   3  7
+    rows      1  1  1    →   rows      1  2
+    """
     items, place = np.unique(item_id, return_inverse=True)
     sums = np.zeros((len(items), labels.shape[1]), np.int64)
     np.add.at(sums, place, labels)

@@ -5,7 +5,7 @@ model with its index + sequences → recommendations/bucket-00003.parquet …, r
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,10 @@ class BucketResult:
     @classmethod
     def total(cls, results: Sequence["BucketResult"]) -> "BucketResult":
         """The sums over several buckets."""
-        return cls(
-            users=sum(result.users for result in results),
-            by_popularity=sum(result.by_popularity for result in results),
-            empty=sum(result.empty for result in results),
-            items=sum(result.items for result in results),
-        )
+        sums = {}
+        for count in fields(cls):
+            sums[count.name] = sum(getattr(result, count.name) for result in results)
+        return cls(**sums)
 
 
 def recommend_everybody(
@@ -200,9 +198,7 @@ def recommend_bucket(
     own = own_ids(cfg.sequence_dir, manifest, "user_id", users.user_id)
     written = lists_table(own.to_numpy(zero_copy_only=False), lists)
     pq.write_table(written, folder / f"bucket-{task.number:05d}.parquet")
-    return BucketResult(
-        users=len(lists),
-        by_popularity=sum(one.by_popularity for one in lists),
-        empty=sum(len(one.item_id) == 0 for one in lists),
-        items=written.num_rows,
-    )
+
+    by_popularity = sum(one.by_popularity for one in lists)
+    empty = sum(len(one.item_id) == 0 for one in lists)
+    return BucketResult(len(lists), by_popularity, empty, items=written.num_rows)

@@ -36,6 +36,8 @@ def lists_table(user_ids: np.ndarray, lists: Sequence[ItemList]) -> pa.Table:
     """
     lengths = [len(one.item_id) for one in lists]
     places = [np.arange(length, dtype=np.int32) for length in lengths]
+    items = _joined([one.item_id for one in lists], np.int64)
+    scores = _joined([one.score for one in lists], np.float32)
     retrieval = _joined([one.retrieval_score for one in lists], np.float32)
     sources: list[str] = []
     for one in lists:
@@ -45,8 +47,8 @@ def lists_table(user_ids: np.ndarray, lists: Sequence[ItemList]) -> pa.Table:
         {
             "user_id": _id_array(np.repeat(user_ids, lengths)),
             "place": _joined(places, np.int32),
-            "item_id": _id_array(_joined([one.item_id for one in lists], np.int64)),
-            "score": _joined([one.score for one in lists], np.float32),
+            "item_id": _id_array(items),
+            "score": scores,
             "retrieval_score": pa.array(retrieval, mask=np.isnan(retrieval)),
             "source": pa.array(sources, pa.string()),
         }

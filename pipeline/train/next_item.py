@@ -207,10 +207,12 @@ class NextItemLoss:
         for one over all items: item j has the weight count_j / (n · share_j).
         """
         score = (users * vectors[place]).sum(1)
+
         bias = times.to(users.dtype).log()
         if self.cfg.logq_correction:
             assert self.popularity is not None
             bias = bias - self.popularity[codes].log() - times.sum().to(users.dtype).log()
+
         total = chunked_log_partition(users, others, bias, codes, item)
         return torch.logaddexp(score, total) - score
 

@@ -130,19 +130,19 @@ def head_of(request: RankColumns | RecommendRequest) -> UserHead:
 
 
 def _ranked_places(request: RankColumns, answer: RankedColumns, most: int) -> ServedPlaces:
+    # the best, as rows of the answer and as rows of what was asked
     best = answer.order[:most]
     asked = best if answer.rows is None else answer.rows[best]
     texts = request.item_text
+    item_text = None
+    if texts is not None:
+        item_text = [str(texts[int(row)]) for row in asked]
+
     features = {}
     for name in {*request.head.request_features, *request.features}:
         features[name] = request.feature(name)[asked]
-    return ServedPlaces(
-        item_id=answer.item_id[best],
-        item_text=None if texts is None else [str(texts[int(row)]) for row in asked],
-        scores={task: scores[best] for task, scores in answer.scores.items()},
-        features=features,
-        source=None,
-    )
+    scores = {task: values[best] for task, values in answer.scores.items()}
+    return ServedPlaces(answer.item_id[best], item_text, scores, features, source=None)
 
 
 def _list_places(answer: RecommendedList, head: UserHead, most: int) -> ServedPlaces:
