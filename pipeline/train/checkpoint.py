@@ -1,14 +1,14 @@
 """Checkpoints of a training run: folders of safetensors and JSON, whole or not there.
 
-    step_00000200/shard-00001-model-….safetensors   what rank 0 has written, and so on for every
-    rank
+    step_00000200/shard-00001-model-….safetensors   what rank 0 has written
+                  shard-00002-model-….safetensors   what rank 1 has written, and so on
                   state.json                        where the run stands, its identity
                   artifact.json                     sha256 of the others; written last
 
 Tensors go through `torch.distributed.checkpoint` with its safetensors storage: a tensor that all
 ranks hold is written by one of them, a `Block` of a sharded table by its owner, and each file says
-which rows it holds. So a checkpoint
-loads at any number of ranks, and nothing of it is ever unpickled.
+which rows it holds. So a checkpoint loads at any number of ranks, and nothing of it is ever
+unpickled.
 """
 
 import fcntl
@@ -171,9 +171,9 @@ def _local(tensor: Tensor | Block) -> Tensor:
 def run_identity(cfg: RunConfig, data_digest: str) -> dict[str, Any]:
     """What must not change between the attempts of one run; the number of workers may."""
     settings = to_dict(cfg)
-    settings["train"] = {
-        key: value for key, value in settings["train"].items() if key not in FREE_SETTINGS
-    }
+    for name in FREE_SETTINGS:
+        settings["train"].pop(name, None)
+
     chosen = flatten({key: settings[key] for key in SETTINGS})
     return chosen | {"source.actions": list(cfg.source.actions), "sequences": data_digest}
 
@@ -192,8 +192,7 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], name: str) -> 
         if began.get(key) != wanted.get(key):
             raise UserError(
                 f"run {name!r} began with {key} = {began.get(key)!r} and would go on with "
-                f"{wanted.get(key)!r}: "
-                "choose another name, or --restart to train it anew"
+                f"{wanted.get(key)!r}: choose another name, or --restart to train it anew"
             )
 
 
@@ -204,15 +203,15 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor | Block]) -> None:
     Raises:
         UserError: a name is missing there, or has another shape.
     """
+    planner = _LoadPlanner(flatten_state_dict=False)
     try:
-        reader, planner = (
-            HuggingFaceStorageReader(str(folder)),
-            _LoadPlanner(flatten_state_dict=False),
-        )
+        reader = HuggingFaceStorageReader(str(folder))
         with _alone():
             state_dict_loader.load(dict(into), storage_reader=reader, planner=planner, no_dist=True)
     except (CheckpointException, RuntimeError, ValueError) as error:
-        cause = next(iter(getattr(error, "failures", {}).values()), (error, None))[0]
+        # of several ranks' failures the first
+        failures = list(getattr(error, "failures", {}).values())
+        cause = failures[0][0] if failures else error
         raise UserError(f"the checkpoint at {folder} does not fit this model: {cause}") from error
 
 
@@ -226,34 +225,45 @@ def copy_tensors(folder: Path, like: Mapping[str, Tensor], path: Path, prefix: s
     Raises:
         UserError: as `read_tensors`.
     """
-    # each aligned to its type
+    # the widest types first, so that each tensor is aligned to its own
     tensors = dict(sorted(like.items(), key=lambda item: -item[1].itemsize))
-    small = {
-        name: torch.empty_like(t, device="cpu")
-        for name, t in tensors.items()
-        if t.nbytes <= COPY_BYTES
-    }
-    read_tensors(folder, {prefix + name: tensor for name, tensor in small.items()})
-    header, end = {}, 0
+
+    # small ones are read together, large ones in blocks of rows as they are written
+    small: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        place = [end, end := end + tensor.nbytes]
-        header[name] = {
-            "dtype": SAFETENSORS[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": place,
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+        if tensor.nbytes <= COPY_BYTES:
+            small[name] = torch.empty_like(tensor, device="cpu")
+    read_tensors(folder, {prefix + name: tensor for name, tensor in small.items()})
+
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(_safetensors_header(tensors))
         for name, tensor in tensors.items():
-            for rows in (
-                [small[name]] if name in small else _row_blocks(folder, prefix + name, tensor)
-            ):
+            blocks = [small[name]] if name in small else _row_blocks(folder, prefix + name, tensor)
+            for rows in blocks:
                 file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
+def _safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
+    """What stands in a safetensors file before the tensors: the length of the header in 8 bytes,
+    then where each tensor lies, in JSON, filled up with spaces to a multiple of 8.
+    """
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 def _row_blocks(folder: Path, name: str, like: Tensor) -> Iterator[Tensor]:
+    """A tensor of the checkpoint in blocks of rows, of at most `COPY_BYTES` each."""
     num_rows = len(like)
     size = max(COPY_BYTES * num_rows // like.nbytes, 1)
     for first in range(0, num_rows, size):
@@ -326,15 +336,19 @@ class CheckpointFolder:
             self._sweep()
             stage.mkdir(parents=True)
         self._wait()
+
+        # every rank its own tensors, and their digests
         writer = HuggingFaceStorageWriter(str(stage), save_distributed=True)
         planner = _SavePlanner(flatten_state_dict=False)
+        alone = self.world_size == 1
         with _alone():
             state_dict_saver.save(
-                dict(tensors), storage_writer=writer, planner=planner, no_dist=self.world_size == 1
+                dict(tensors), storage_writer=writer, planner=planner, no_dist=alone
             )
-        digests = self._gathered(
-            {path.name: sha256_of(path) for path in stage.glob(f"shard-{self.rank + 1:05d}-*")}
-        )
+        own_files = stage.glob(f"shard-{self.rank + 1:05d}-*")
+        digests = self._gathered({path.name: sha256_of(path) for path in own_files})
+
+        # rank 0 the rest, the digests of all last
         if self.rank == 0:
             text = json.dumps({"state": asdict(state), "identity": identity}, indent=2)
             (stage / "state.json").write_text(text)
@@ -346,10 +360,12 @@ class CheckpointFolder:
         self._wait()
 
     def _sweep(self) -> None:
+        """Remove what killed attempts have left half-written."""
         for left in self.root.glob(".step_*.partial*"):
             shutil.rmtree(left)
 
     def _retire(self, best_step: int | None) -> None:
+        """Remove all but the newest `keep` and the best."""
         best = None if best_step is None else self.at(best_step)
         for folder in self.folders()[: -self.keep]:
             if folder != best:
@@ -360,11 +376,16 @@ class CheckpointFolder:
             dist.barrier()
 
     def _gathered(self, digests: dict[str, str]) -> dict[str, str]:
+        """The digests of all ranks, on each of them."""
         if self.world_size == 1:
             return digests
+
         parts: list[dict[str, str]] = [{}] * self.world_size
         dist.all_gather_object(parts, digests)
-        return {name: digest for part in parts for name, digest in part.items()}
+        everybodys: dict[str, str] = {}
+        for part in parts:
+            everybodys |= part
+        return everybodys
 
 
 @contextmanager
