@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from serve_app import metrics
 from serve_app.columns import RankColumns, RankedColumns
-from serve_app.schemas import Refusal
+from serve_app.schemas import ModelInfo, Refusal
 from serve_app.web import limits
 from serve_app.web.api import make_api
 from serve_app.web.limits import FEW, MANY, STUCK_S, Admission, Backlog
@@ -359,3 +359,35 @@ def test_the_page_holds_every_replica() -> None:
     assert sample(text, "ranking_ranker_seconds_bucket", le="0.025", replica="one") == 1
     names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
     assert len(names) == len(set(names)), "a family must come once"
+
+
+def test_who_asks_for_readiness_together_asks_the_replicas_once() -> None:
+    """Nobody needs a key for it: a flood is no flood of the replicas."""
+
+    class Counting(Fixed):
+        num_asked = 0
+
+        async def model_info(self) -> ModelInfo:
+            self.num_asked += 1
+            await asyncio.sleep(0.01)
+            return await super().model_info()
+
+    replica = Counting()
+    api = make_api(replica, 2_000_000)
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            # one that goes away takes the answer from nobody
+            gone = asyncio.create_task(client.get("/readyz"))
+            await asyncio.sleep(0)
+            answers = [asyncio.create_task(client.get("/readyz")) for _ in range(50)]
+            while replica.num_asked == 0:
+                await asyncio.sleep(0)
+            gone.cancel()
+            return [(await answer).status_code for answer in answers]
+
+    assert asyncio.run(ask()) == [200] * 50
+    assert replica.num_asked <= 2
+    assert call(api, "GET", "/readyz").status_code == 200, "and is asked again later"
+    assert replica.num_asked >= 2

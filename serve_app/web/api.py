@@ -127,6 +127,7 @@ def _new_app(replica: Replica, served_log: ServedLogSettings | None, name: str) 
     api.state.replica = replica
     api.state.counts = metrics.IngressMetrics()
     api.state.gate = Gate()
+    api.state.readiness = monitoring.Readiness()
     api.state.served = None
     if served_log is not None:
         api.state.served = ServedLog(served_log, name, api.state.counts)

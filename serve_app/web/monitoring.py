@@ -2,7 +2,7 @@
 
 import asyncio
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from serve_app import metrics
 from serve_app.schemas import ModelInfo, Ready
@@ -48,13 +48,38 @@ async def get_health() -> dict[str, str]:
 
 @open_router.head("/readyz", include_in_schema=False)
 @open_router.get("/readyz", name="readyz", response_model=Ready, responses=NO_MODEL)
-async def get_readiness(replica: RunningReplica) -> Response:
+async def get_readiness(replica: RunningReplica, http: Request) -> Response:
     """A model is loaded and answers."""
+    ready = await http.app.state.readiness.find(replica)
+    return json_reply(ready.model_dump())
+
+
+class Readiness:
+    """What `/readyz` says: all replicas are asked once for all who ask meanwhile.
+
+    Nobody needs a key for it, and a flood of such requests would be one to every replica.
+    """
+
+    def __init__(self) -> None:
+        self._asking: asyncio.Task[Ready] | None = None
+
+    async def find(self, replica: Replica) -> Ready:
+        """The answer to the question that is under way, or to a new one.
+
+        Raises:
+            Unavailable: no model answers.
+        """
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(_ask_ready(replica))
+        # who goes away takes the answer from nobody else
+        return await asyncio.shield(self._asking)
+
+
+async def _ask_ready(replica: Replica) -> Ready:
     info = await ask_in_time(replica)
-    ready = Ready(
+    return Ready(
         model_version=info.model_version,
         deployments=await replica.deployment_ids(),
         failed_deployment=info.failed_deployment,
         live_events=info.live_events,
     )
-    return json_reply(ready.model_dump())

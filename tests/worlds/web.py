@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 
 from serve_app.columns import RankColumns, RankedColumns
+from serve_app.page.schemas import Question, Shown
 from serve_app.recommend.lists import RecommendedList
 from serve_app.recommend.schemas import RecommendRequest
 from serve_app.schemas import (
@@ -60,6 +61,9 @@ class Fixed:
             sequences="",
             deployment="d",
         )
+
+    async def show(self, question: Question) -> Shown | Refusal:
+        raise NotImplementedError("a server without a page")
 
     async def deployment_ids(self) -> list[str]:
         return ["d"]
