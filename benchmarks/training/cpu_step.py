@@ -182,7 +182,9 @@ def run_text(run: Figures) -> str:
             rows.append([*cells, ratio])
 
     header = ["code", "workers", "ms a step by the clock", "processor ms of a worker", "as fast"]
-    return f"""`{run["command"]}`: {run["steps"]} steps, {run["rounds"]} turns, on an
+    turns = "a turn" if run["rounds"] == 1 else f"{run['rounds']} turns"
+    note = f" ({run['note']})" if "note" in run else ""  # written into its file by hand
+    return f"""`{run["command"]}`{note}: {run["steps"]} steps, {turns}, on an
 {machine["cpu"]} with {machine["cores"]} cores; load average before the run {machine["load"]:.1f}.
 PyTorch {machine["torch"]}.
 
