@@ -4,6 +4,7 @@
     python -m benchmarks.training.cpu_step --beside ../before      → runs/cpu_step.json
     python -m benchmarks.training.cpu_step --workers 1 2 4 --loaders threads process \
         --out benchmarks/runs/cpu_step_cores.json   # where each worker and loader has a core
+    python -m benchmarks.training.cpu_step --users shared each   # 64 of all, and of each worker
     python -m benchmarks.training.cpu_step --report                → its section of RESULTS.md
 
 The loop is `loop.train` with its own loader and, for several workers, gloo on this machine; Ray is
@@ -44,6 +45,8 @@ from pipeline.train import loop
 PRESET = "configs/demo.yaml"
 RUN, CORES_RUN = RUNS / "cpu_step.json", RUNS / "cpu_step_cores.json"
 LOADERS = ("threads", "process")  # of the worker, or one of the loader's own
+USERS = ("shared", "each")  # the preset's users a step are of all workers together, or of each
+EACH = "as many users each"  # in a case's name
 WARM_STEPS = 20  # before the first counted one
 
 
@@ -93,12 +96,17 @@ def train_rank(
         dist.destroy_process_group()
 
 
-def run_turn(workers: int, loader: str, steps: int, runs_dir: str) -> dict[str, float]:
+def run_turn(workers: int, loader: str, users: str, steps: int, runs_dir: str) -> dict[str, float]:
     """The times of a step with so many workers, of the slowest one."""
     overrides = [f"runs_dir={runs_dir}", f"train.num_workers={workers}"]
     if loader == "process":
         overrides.append("train.loader_process=true")
     cfg = config.load(PRESET, overrides)
+
+    if users == "each":
+        batch_users = cfg.train.batch_users
+        assert batch_users is not None, "the preset counts users, not tokens"
+        cfg = config.load(PRESET, [*overrides, f"train.batch_users={workers * batch_users}"])
     maps, plan = fit_features(cfg), step_plan(cfg)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (workers, cfg, maps, plan, steps, Path(folder))
@@ -111,10 +119,11 @@ def run_turn(workers: int, loader: str, steps: int, runs_dir: str) -> dict[str, 
 
 
 def ask_checkout(
-    checkout: Path, workers: int, loader: str, steps: int, runs_dir: str
+    checkout: Path, workers: int, loader: str, users: str, steps: int, runs_dir: str
 ) -> dict[str, float]:
     """A turn of another process, with the code of `checkout`."""
-    command = [sys.executable, __file__, "--turn", str(workers), "--loaders", loader]
+    command = [sys.executable, __file__, "--turn", str(workers)]
+    command += ["--loaders", loader, "--users", users]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--steps", str(steps), "--runs-dir", runs_dir],
@@ -133,13 +142,28 @@ def take_turns(checkouts: dict[str, Path], options: argparse.Namespace, run: Fig
     """
     found: dict[str, dict[str, list[dict[str, float]]]] = run["turns"]
     for number in range(options.rounds):
-        for workers, loader in product(options.workers, options.loaders):
-            case = str(workers) if loader == "threads" else f"{workers}, loader a process"
+        for workers, loader, users in product(options.workers, options.loaders, options.users):
+            if workers == 1 and users == "each" and "shared" in options.users:
+                continue  # one worker has all of them: the same step twice
+
+            case = case_name(workers, loader, users)
             for name, checkout in checkouts.items():
-                turn = ask_checkout(checkout, workers, loader, options.steps, options.runs_dir)
+                turn = ask_checkout(
+                    checkout, workers, loader, users, options.steps, options.runs_dir
+                )
                 found.setdefault(name, {}).setdefault(case, []).append(turn)
                 print(f"round {number + 1}: {name}, workers {case}: {turn}", flush=True)
                 write_run(options.out, run | {"rounds": number + 1})
+
+
+def case_name(workers: int, loader: str, users: str) -> str:
+    """`2, loader a process, 64 users each`: what differs from the first form of each is told."""
+    words = [str(workers)]
+    if loader == "process":
+        words.append("loader a process")
+    if users == "each" and workers > 1:
+        words.append(EACH)
+    return ", ".join(words)
 
 
 def commit_of(checkout: Path) -> str:
@@ -157,8 +181,9 @@ def section(runs: Sequence[Figures]) -> str:
     text = f"""## A training step on a CPU
 
 The demo's steps of 64 users, those after the first {WARM_STEPS}: medians, and in brackets the
-smallest and the largest turn. Each worker has one thread. The ratio is of one worker's step by the
-clock, its loader in the same form."""
+smallest and the largest turn. Each worker has one thread. *As fast*: users a second by the clock,
+over those of one worker whose loader has the same form. The 64 users are shared among the workers,
+or each has so many."""
     return "\n\n".join([text, *map(run_text, runs)])
 
 
@@ -168,7 +193,9 @@ def run_text(run: Figures) -> str:
     for name, by_case in run["turns"].items():
         alone_ms: dict[str, float] = {}  # by the form of the loader
         for case, turns in by_case.items():
-            workers, _, loader = case.partition(", ")
+            workers, *form = case.split(", ")
+            users = int(workers) if EACH in form else 1  # times those of one worker
+            loader = ", ".join(word for word in form if word != EACH)
             cells = [name, case]
             for kind in ("clock", "processor"):
                 values = [turn[kind] for turn in turns]
@@ -178,7 +205,7 @@ def run_text(run: Figures) -> str:
             clock_ms = statistics.median(turn["clock"] for turn in turns)
             if workers == "1":
                 alone_ms[loader] = clock_ms
-            ratio = "–" if workers == "1" else f"{alone_ms[loader] / clock_ms:.2f}x"
+            ratio = "–" if workers == "1" else f"{users * alone_ms[loader] / clock_ms:.2f}x"
             rows.append([*cells, ratio])
 
     header = ["code", "workers", "ms a step by the clock", "processor ms of a worker", "as fast"]
@@ -200,6 +227,7 @@ def read_options() -> argparse.Namespace:
     add("--commit", help="this checkout's, where it is no clone")
     add("--workers", type=int, nargs="+", default=[1, 2], metavar="N")
     add("--loaders", nargs="+", choices=LOADERS, default=["threads"])
+    add("--users", nargs="+", choices=USERS, default=["shared"], help="who has the 64 of a step")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=100, help="of a turn, the first ones counted")
     add("--runs-dir", default="runs", help="where demo/sequences lies")
@@ -217,8 +245,9 @@ def main() -> None:
         write_section("cpu_step", section(read_runs()))
         return
     if options.turn is not None:
-        (loader,) = options.loaders
-        print(json.dumps(run_turn(options.turn, loader, options.steps, options.runs_dir)))
+        (loader,), (users,) = options.loaders, options.users
+        turn = run_turn(options.turn, loader, users, options.steps, options.runs_dir)
+        print(json.dumps(turn))
         return
 
     here = Path(__file__).resolve().parents[2]
@@ -246,6 +275,8 @@ def _command(options: argparse.Namespace) -> str:
         command += " --workers " + " ".join(map(str, options.workers))
     if options.loaders != ["threads"]:
         command += " --loaders " + " ".join(options.loaders)
+    if options.users != ["shared"]:
+        command += " --users " + " ".join(options.users)
     return command
 
 
