@@ -173,6 +173,7 @@ def test_the_comparison_cites_what_was_measured():
 NOT_MEASURED = {
     "versions of Python and Kubernetes": "3.11 3.12 1.37",
     "the authors' layer, as they publish it": "3.43 22.4",
+    "goals of AUC": "0.760 0.764 0.894 0.739",
 }
 DECIMAL = re.compile(r"(?<![\w.])\d*\.\d+(?![\w.]*\w)")
 
