@@ -77,6 +77,33 @@ def test_a_task_that_the_rows_do_not_define_is_left_out_and_named() -> None:
     assert not judge_version(GATE, TASKS, worse, version(1, BOTH)).promoted
 
 
+@pytest.mark.parametrize("champion", [None, version(1, {"is_click": 1.2, "is_like": 1.2})])
+def test_who_passes_without_having_learned_anything_is_warned_of(
+    champion: SimpleNamespace | None,
+) -> None:
+    """The item's rate, or the champion, is worse than the constant rate too."""
+    rows = {"is_click": 1.05, "is_like": 1.05}
+    challenger = version(2, {"is_click": 1.0004, "is_like": 0.9}, rows)
+    decision = judge_version(TrackingConfig(), TASKS, challenger, champion)
+    assert decision.promoted
+    assert decision.warning.startswith("val/ne is_click 1.0004: not below 1")
+    assert "is_like" not in decision.warning
+
+    anew = judge_version(
+        TrackingConfig(),
+        TASKS,
+        version(2, BOTH),
+        version(1, BOTH),
+        champion_ne={"is_click": 1.2, "is_like": 1.2},
+        challenger_ne={"is_click": 0.9, "is_like": 1.0},
+    )
+    assert anew.promoted
+    assert anew.warning.startswith("val/ne is_like 1.0000: not below 1")
+    refused = judge_version(GATE, TASKS, version(2, {"is_click": 1.3, "is_like": 1.0}), None)
+    assert (refused.promoted, refused.warning) == (False, "")
+    assert judge_version(GATE, TASKS, version(2, BOTH), None).warning == ""
+
+
 def test_a_task_that_only_the_champion_predicts_is_named() -> None:
     """Two versions of other tasks are held against each other by what both predict."""
     wider = version(1, BOTH | {"is_follow": 0.5})

@@ -100,6 +100,30 @@ def test_the_gate_the_champion_and_back(cfg: RunConfig, tmp_path: Path) -> None:
         Tracker(cfg).promote_version(77)
 
 
+def test_what_the_gate_warns_of_stays_with_the_version(
+    cfg: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = new_version(cfg, tmp_path, 1.03)
+    decision = Tracker(cfg).promote_version(first, force_first=True)
+    assert decision.promoted
+    task = cfg.tasks[0]
+    assert f"version {first}: val/ne {task} 1.0300" in caplog.text
+
+    client = mlflow.MlflowClient()
+    found = client.get_model_version(cfg.model_name, str(first))
+    assert found.tags["promotion_warning"] == decision.warning
+    card = found.description
+    assert card.endswith(f"**Warning of the gate:** {decision.warning}.\n")
+
+    # judged once more, after a better one: said once
+    second = new_version(cfg, tmp_path, 1.03, seed=1)
+    for _ in range(2):
+        registry.promote_version(cfg.tracking, cfg.model_name, cfg.tasks, second)
+        Tracker(cfg).roll_back()
+    card = client.get_model_version(cfg.model_name, str(second)).description
+    assert card.count("**Warning of the gate:**") == 1
+
+
 def test_a_new_index_of_the_champion_passes_whatever_rows_are_there_by_now(
     cfg: RunConfig, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ class Decision:
 
     promoted: bool
     reason: str
+    warning: str = ""  # of a version that is promoted: which tasks it has learned nothing of
 
 
 class Version(Protocol):
@@ -85,7 +86,7 @@ def judge_version(
     if not shared:
         first = _judge_first(tasks, challenger, force_first)
         why = f"champion {champion.version} has no task to compare with"
-        return Decision(first.promoted, f"{first.reason}; {why}")
+        return Decision(first.promoted, f"{first.reason}; {why}", first.warning)
 
     differences = "" if scored_anew else row_differences(challenger, champion)
     if differences:
@@ -188,12 +189,13 @@ def _judge_first(tasks: Sequence[str], challenger: Version, force_first: bool) -
         is_better = own < of_item
         floor = f"mean val/ne {own:.4f}, the item's smoothed rate has {of_item:.4f}"
 
+    warning = _nothing_learned(tasks, new)
     if is_better:
-        return Decision(True, f"promoted: the first champion, val/ne {figures}; {floor}")
+        reason = f"promoted: the first champion, val/ne {figures}; {floor}"
+        return Decision(True, reason, warning)
     if force_first:
-        return Decision(
-            True, f"promoted: the first champion by --force-first, val/ne {figures}; {floor}"
-        )
+        reason = f"promoted: the first champion by --force-first, val/ne {figures}; {floor}"
+        return Decision(True, reason, warning)
     return Decision(
         False,
         f"refused: a first champion must beat the item's smoothed rate; {floor}; "
@@ -222,7 +224,21 @@ def _judge_change(
     allowed = settings.gate_max_regression
     if not change <= allowed:  # a change that is no number passes nothing
         return Decision(False, f"refused: {compared}, allowed {allowed:+g}")
-    return Decision(True, f"promoted: {compared}")
+    return Decision(True, f"promoted: {compared}", _nothing_learned(shared, new))
+
+
+def _nothing_learned(tasks: Sequence[str], ne: Mapping[str, float]) -> str:
+    """Names the tasks whose NE is not below that of the rows' constant rate, 1; "" for none.
+
+    The item's smoothed rate may be worse still, and so may the champion: neither holds it up.
+    """
+    worse = [f"{task} {ne[task]:.4f}" for task in tasks if task in ne and ne[task] >= 1]
+    if not worse:
+        return ""
+    return (
+        f"val/ne {', '.join(worse)}: not below 1, which the constant rate of the validation rows "
+        "has. Its scores say nothing of these actions"
+    )
 
 
 def _mean_over(tasks: Sequence[str], ne: Mapping[str, float]) -> float:

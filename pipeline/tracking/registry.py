@@ -51,6 +51,8 @@ CHAMPION = "champion"
 SHA256_PREFIX = "sha256."  # of tags
 SOFTWARE = "software_version"  # of this project, that registered the version
 VALIDATED_BY = "validated_by"  # tag: the version that stands for one that was trained with refit
+WARNING = "promotion_warning"  # tag: what the gate warned of
+WARNING_HEAD = "\n\n**Warning of the gate:** "  # at the end of a description, and what follows
 TRAINED_AS = "trained_as"  # tag: the name of the run that trained it
 # what --validated-by must have in common ...
 FROZEN = ("tasks", "source", "features", "model", "train", "split")
@@ -242,7 +244,8 @@ def promote_version(
     """Move the alias `champion` to `version` (None: the newest) if its validation NE passes the
     gate; say why.
 
-    The reason stays on the version as a tag.
+    The reason stays on the version as a tag. What the gate warns of is logged, and stands in a tag
+    and at the end of the version's description.
 
     Args:
         validated_by: for a version trained with `split.refit`, one of the same settings trained
@@ -273,11 +276,26 @@ def promote_version(
             decision = _judged(settings, tasks, challenger, champion, rows, cache, force_first)
 
         client.set_model_version_tag(name, challenger.version, "promotion", decision.reason)
+        _show_warning(client, name, challenger.version, decision.warning)
         if decision.promoted:
             previous = "" if champion is None else champion.version
             client.set_model_version_tag(name, challenger.version, "previous_champion", previous)
             client.set_registered_model_alias(name, CHAMPION, challenger.version)
     return decision
+
+
+def _show_warning(client: "MlflowClient", name: str, version: str, warning: str) -> None:
+    """Log it, and leave it with the version for whoever looks there; "" takes away an older one."""
+    found = client.get_model_version(name, version)
+    if not warning and WARNING not in found.tags:
+        return
+
+    card, _, _ = (found.description or "").partition(WARNING_HEAD)
+    if warning:
+        logger.warning("version %s: %s", version, warning)
+        card += f"{WARNING_HEAD}{warning}.\n"
+    client.set_model_version_tag(name, version, WARNING, warning)
+    client.update_model_version(name, version, card)
 
 
 def _is_same(one: "ModelVersion | None", other: "ModelVersion | None") -> bool:
