@@ -24,7 +24,7 @@ from pipeline.schema import DAY_MS
 from pipeline.sequences import build, parts, store, versions
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.forgotten import read_forgotten
-from pipeline.sequences.quality import drift, report
+from pipeline.sequences.quality import drift
 from pipeline.sequences.upkeep import maintenance
 from pipeline.sequences.upkeep.compaction import read_retired
 from pipeline.sequences.upkeep.maintenance import compact_sequences, forget_users
@@ -39,7 +39,7 @@ DAYS = 6
 
 @pytest.fixture(scope="module", autouse=True)
 def here() -> Iterator[None]:
-    """Tasks run in this process, and pages have no plots: neither is the point."""
+    """Tasks run in this process: workers are not the point."""
 
     @contextmanager
     def workers_here(*_: object) -> Iterator[Workers]:
@@ -48,8 +48,6 @@ def here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (build, maintenance):
             patch.setattr(module, "workers", workers_here)
-        for plot in ("_length_plot", "_day_plot"):
-            patch.setattr(report, plot, lambda *_: "")
         yield
 
 
@@ -462,7 +460,10 @@ def test_a_build_that_drifts_is_not_published(built: Path):
 
 
 def test_the_job_forgets_what_the_server_and_evaluations_hold(
-    built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    built: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ):
     cfg = run_in(built)
     serving = cfg.run_dir / "serving"
@@ -510,10 +511,18 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
         return forget(*arguments)
 
     monkeypatch.setattr(maintenance, "forget_users", forget_and_look)
-    code, out = run("--user", "3", "--users-file", str(ids))
+    log.append([Event(user_id=ABSENT + 1, item_id=1, event_time=START)])  # no row but this
+    more = [f"--user={user}" for user in (3, ABSENT, ABSENT + 1)]
+    ids.write_text(f"8\n3\n{ABSENT + 2}\n")
+    code, out = run(*more, "--users-file", str(ids), "--dry-run")
+    assert (code, "not_in_sequences: 3" in out) == (0, True)
+    code, out = run(*more, "--users-file", str(ids))
     assert (code, may_export) == (0, [False])
-    assert out.startswith("users=2 removed: sequences=")
-    for what in ("posted_events=1", "copies_of_the_server=1", "predictions=4"):
+    assert out.startswith("users=5 unknown=2 removed: sequences=")
+    said = f"posted events: --user '{ABSENT}', line 3 of {ids}. Is the id as the logs have it?"
+    assert said in caplog.text
+    caplog.clear()
+    for what in ("posted_events=2", "copies_of_the_server=1", "predictions=4"):
         assert what in out
     assert (log.of_user(3), len(log.of_user(4))) == ([], 1)
     for file in (predictions, theirs):
@@ -522,6 +531,8 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
     assert (again.sequence(3), again.sequence(8)) == (None, None)
     assert again.sequence(4) is not None
     assert len(list(serving.glob("sequences-*"))) == 1
+    code, out = run("--user", "3")
+    assert (code, out.startswith("users=1 unknown=0 "), caplog.text) == (0, True, "")
     assert run() == (2, "error: nobody to forget: give --user or --users-file\n")
     ids.write_text("8 x")
     assert run("--users-file", str(ids)) == (

@@ -336,7 +336,8 @@ def test_posted_exported_built_pruned_and_forgotten(tmp_path: Path) -> None:
     # deletion by name
     call(api, "POST", "/v1/events", json={"events": [new | {"event_time": when + 5}]})
     (tmp_path / "ids.txt").write_text(f"{user_name(3)}\n")
-    users = read_users(["new user"], str(tmp_path / "ids.txt"), text=True)
+    given = read_users(["new user"], str(tmp_path / "ids.txt"), text=True)
+    users = np.array(sorted(given), np.int64)
     removed = maintenance.forget_users(cfg, users)
     assert (removed["sequences"] > 2, removed["ids"], removed["live_logs"]) == (True, 2, 2)
     assert world.log.forget(users.tolist()) == 1
@@ -396,9 +397,11 @@ def test_what_was_served_goes_into_the_logs_by_name(world: TextServed, tmp_path:
 
 def test_ids_to_forget_are_read_as_the_logs_have_them(tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("17 18\n19\n")
-    assert read_users(["7"], str(tmp_path / "ids.txt"), text=False).tolist() == [7, 17, 18, 19]
-    named = read_users([], str(tmp_path / "ids.txt"), text=True)
-    assert named.tolist() == sorted([id_code("17 18"), id_code("19")])
+    ids = str(tmp_path / "ids.txt")
+    first, second = f"line 1 of {ids}", f"line 2 of {ids}"
+    numbers = {7: "--user '7'", 17: first, 18: first, 19: second}
+    assert read_users(["7"], ids, text=False) == numbers
+    assert read_users([], ids, text=True) == {id_code("17 18"): first, id_code("19"): second}
     with pytest.raises(UserError, match=r"must be an integer from 0 to .*, got 'x'"):
         read_users(["x"], None, text=False)
 

@@ -13,8 +13,9 @@ from pipeline.logs.cleaning import REASON, LogRules, user_bucket
 from pipeline.logs.ids import code_column
 from pipeline.sequences import store
 from pipeline.sequences.dictionary import copy_pairs
+from pipeline.sequences.forgotten import read_forgotten
 from pipeline.sequences.parts import Part, PartWriter, Source, find_part, open_part, part_name
-from pipeline.sequences.store import Bucket
+from pipeline.sequences.store import Bucket, Manifest
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,25 @@ def _without(work: Sweep, users: np.ndarray, rules: LogRules, folder: Path) -> P
             for column in part.ids:
                 copy_pairs(folder / part.file, column, rules.num_buckets, users, writer.ids)
             return writer.close(work.sources)
+
+
+def are_unknown(folder: Path, manifest: Manifest, users: np.ndarray) -> np.ndarray:
+    """bool [n]: those of `users`, int64 [n], of whom the store has no row of any kind, and which
+    it was not told to forget before.
+    """
+    files = [entry.file for entry in manifest.quarantine]
+    if "users" in manifest.side_tables:
+        files.append(manifest.side_tables["users"].file)
+    for number in np.unique(user_bucket(users, manifest.num_buckets)).tolist():
+        files.append(manifest.buckets[number].file)
+        if str(number) in manifest.retired:
+            files.append(manifest.retired[str(number)].file)
+
+    known = read_forgotten(folder).has_users(users)
+    for file in files:
+        held = pq.read_table(folder / file, columns=["user_id"])["user_id"]
+        known |= np.isin(users, held.drop_null().to_numpy())
+    return ~known
 
 
 def without_users(
