@@ -299,6 +299,17 @@ def looked_at(tmp_path: Path, *arguments: str, edits: tuple[str, ...] = ()) -> c
     return config.load(tmp_path / "preset.yaml", [f"runs_dir={tmp_path}", *edits])
 
 
+def test_lists_are_not_ordered_by_what_nobody_wants(here: None, tmp_path: Path) -> None:
+    draw = Draw()
+    people = {"user_id": draw.user, "item_id": draw.item, "timestamp": draw.seconds}
+    answers = {name: draw.choice(0, 1) for name in ("skipped", "liked", "is_hate", "saved")}
+    (tmp_path / "logs").mkdir()
+    write_csv(tmp_path / "logs" / "plays.csv", people | answers)
+    cfg = looked_at(tmp_path)
+    assert cfg.tasks == ("liked", "saved", "skipped", "is_hate")
+    assert list(cfg.source.actions) == list(answers)
+
+
 def test_a_shop_in_germany(here: None, tmp_path: Path) -> None:
     """Semicolons, decimal commas, local times over the end of summer time, exports joined with
     their lines of names, a byte order mark, gzip, and items that stand twice in their table.

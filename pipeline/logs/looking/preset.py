@@ -1,6 +1,7 @@
 """A preset from guesses: YAML that builds, trains and serves, with a comment on each guess."""
 
 import math
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,15 @@ HOUR_MS = 3_600_000
 FAR_PAST = datetime(2000, 1, 1, tzinfo=UTC).timestamp() * 1000  # of sequences.earliest_time
 MOST_INLINE = 80  # characters
 ZONE_NOTE = " # no offset stands in the values: is this the zone they were written in?"
+TASKS_NOTE = (
+    "# the actions to predict, first what lists are ordered by; of those that exclude one another "
+    "keep\n# what you rank by"
+)
+# what a user does with an item that they do not want
+UNWANTED = re.compile(
+    r"(skip|dislik|unlik|unfollow|unsubscri|hide|hidden|block|mute|report|spam|negative|bounce"
+    r"|remove|refund|returned|cancel|hate|not_interested)"
+)
 STEPS_WANTED = 60  # of an epoch, where the users are few
 
 
@@ -31,8 +41,8 @@ def write_preset(
         _source(logs, guess, users, items),
         _sequences(guess),
         _split(guess),
-        "# the actions to predict; of those that exclude one another keep what you rank by",
-        _dump({"tasks": list(guess.actions)}),
+        TASKS_NOTE,
+        _dump({"tasks": _tasks(guess)}),
         _features(guess, users, items),
         _model_and_training(logs, guess),
     ]
@@ -51,6 +61,14 @@ def _dump(section: dict[str, Any], by: int = 0) -> str:
         else:
             lines.append(" " * by + f"{key}: {text}")
     return "\n".join(lines)
+
+
+def _tasks(guess: Guess) -> list[str]:
+    """The actions: at the end those that a list by falling score must not begin with.
+
+    [skipped, liked] is [liked, skipped]
+    """
+    return sorted(guess.actions, key=lambda name: bool(UNWANTED.search(name.lower())))
 
 
 def _form(form: FileFormat) -> dict[str, Any]:
