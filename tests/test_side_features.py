@@ -71,6 +71,8 @@ def test_a_list_is_the_mean_of_its_rows():
     expected = torch.stack([(w[1] + w[2]) / 2, torch.zeros(2), (2 * w[3] + w[1]) / 3])
     torch.testing.assert_close(mean_rows(table, codes), expected)
     torch.testing.assert_close(mean_rows(table, codes[:, :1]), w[codes[:, 0].long()])
+    # who has no history has no rows
+    assert mean_rows(table, codes[:0]).shape == (0, 2)
 
 
 def with_items(folder: Path, features: dict, items: pa.Table, **more: object) -> RunConfig:
@@ -119,6 +121,7 @@ def test_maps_and_tables_of_a_model_follow_the_lists(here: None, tmp_path: Path)
     assert rows.shape == (2, 16 + 4 + 8 + 2)
     torch.testing.assert_close(rows[0, 16:20], content.item[0].weight[1:3].mean(0))
     assert rows[1, 16:20].tolist() == [0.0] * 4
+    assert content.item_features(codes[:0]).shape == (0, 16 + 4 + 8 + 2)
 
 
 @pytest.mark.parametrize(

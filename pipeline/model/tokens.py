@@ -247,7 +247,8 @@ def mean_rows(table: nn.Module, codes: Tensor) -> Tensor:
     num_rows, num_codes = codes.shape
     if num_codes == 1:
         return table(codes[:, 0])
-    rows = table(codes.reshape(-1)).view(num_rows, num_codes, -1)
+    # of no rows at all, an empty history, a width of -1 would be anything
+    rows = table(codes.reshape(-1)).unflatten(0, (num_rows, num_codes))
     known = (codes > 0).to(rows.dtype)
     return (rows * known[:, :, None]).sum(1) / known.sum(1, keepdim=True).clamp(min=1)
 
