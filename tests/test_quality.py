@@ -1,6 +1,7 @@
 """Many runs without Ray: what a plan says, what is skipped, what a run leaves behind."""
 
 import argparse
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,24 @@ def test_a_run_leaves_its_figures_and_is_not_made_twice(tmp_path):
     assert not train_plan.finished(replace(run, cfg=replace(cfg, seed=1)))
     with pytest.raises(UserError, match="other settings"):
         train_plan.finished(replace(run, cfg=replace(cfg, train=replace(cfg.train, lr=0.1))))
+
+    # a line of an earlier version lacks what was added since
+    older = copy.deepcopy(result)
+    del (
+        older["config"]["train"]["max_loss_ratio"],
+        older["config"]["model"]["attention"]["attn_alpha"],
+    )
+    out.write_text(json.dumps(older) + "\n")
+    assert cfg.model.attention.attn_alpha == RunConfig().model.attention.attn_alpha
+    assert train_plan.finished(run)
+
+    wider = replace(cfg, train=replace(cfg.train, max_loss_ratio=9.0))
+    with pytest.raises(UserError, match="other settings"):
+        train_plan.finished(replace(run, cfg=wider))
+    older["config"]["train"]["gone"] = 1
+    out.write_text(json.dumps(older) + "\n")
+    with pytest.raises(UserError, match="other settings"):
+        train_plan.finished(run)
 
 
 def test_a_run_is_scored_in_every_way_that_its_weights_are_served(tmp_path, monkeypatch):

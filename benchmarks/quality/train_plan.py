@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -214,7 +214,8 @@ def read_plan_file(path: Path) -> dict[str, Any]:
 
 
 def finished(run: PlannedRun) -> bool:
-    """Whether `run.out` has the run, with these settings and these sequences.
+    """Whether `run.out` has the run, with these settings and these sequences; settings that its
+    line lacks, of an earlier version, are at their defaults.
 
     Raises:
         UserError: it has one of this name and seed with others.
@@ -228,16 +229,29 @@ def finished(run: PlannedRun) -> bool:
         return False
 
     (saved,) = named
-    same = (
-        saved["config"] == run.settings
-        and saved["sequences"] == store.read_manifest(run.store).digest
-    )
+    try:
+        same_settings = filled_settings(saved["config"]) == run.settings
+    except ConfigError:  # of a setting that there is no more
+        same_settings = False
+    same = same_settings and saved["sequences"] == store.read_manifest(run.store).digest
     if not same or not {f"{split}/rows" for split in run.splits} <= saved["metrics"].keys():
         raise UserError(
             f"{run.out}: {run.cfg.name} of seed {run.cfg.seed} was made with other settings, "
             "sequences or splits: remove its line, or use another name"
         )
     return True
+
+
+def filled_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A line's settings as `PlannedRun.settings` has them now: those that were added since it was
+    written are at their defaults.
+
+    Raises:
+        ConfigError: it has settings that there are no more.
+    """
+    taught = {"taught": saved["taught"]} if "taught" in saved else {}
+    sections = {key: value for key, value in saved.items() if key != "taught"}
+    return settings_of(config.from_dict(sections)) | taught
 
 
 def settings_of(cfg: RunConfig) -> dict[str, Any]:
