@@ -62,9 +62,13 @@ def is_count(key: str) -> bool:
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:
+    from pipeline.batches.stored import StoredUsers
     from pipeline.evaluate import evaluator
 
-    return evaluator.plan_evaluation(job.cfg)
+    cfg = job.cfg
+    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+    counts = evaluator.plan_evaluation(stored, cfg.split, cfg.examples.max_history)
+    return {"model": str(cfg.model_dir), "sequences": str(cfg.sequence_dir), **counts}
 
 
 if __name__ == "__main__":

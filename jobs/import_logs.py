@@ -26,7 +26,7 @@ def run_job(job: cli.Job) -> None:
 def plan_job(job: cli.Job) -> dict[str, object]:
     from pipeline.logs import plan_import
 
-    return plan_import(job.cfg)
+    return plan_import(job.cfg.source, job.cfg.folders)
 
 
 if __name__ == "__main__":

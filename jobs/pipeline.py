@@ -564,7 +564,7 @@ def plan_job(job: cli.Job) -> dict[str, object]:
     check_settings(cfg)
     baseline = read_baseline(job)
     return {
-        "import_logs": logs.plan_import(cfg),
+        "import_logs": logs.plan_import(cfg.source, cfg.folders),
         "beside": None if baseline is None else baseline.name,
         "workers": cfg.train.num_workers,
         "run": str(cfg.run_dir),

@@ -87,7 +87,7 @@ def test_popularity_by_hand(folder: Path, protocol: str, remove_seen: bool) -> N
     cfg = eval_config(folder, retrieval_protocol=protocol, remove_seen=remove_seen)
     loaded = load_model(cfg.model_dir)
     begin, end = cfg.split.val_ms, cfg.split.test_ms
-    found = evaluate_retrieval(cfg, loaded, ["val"], "cpu")
+    found = evaluate_retrieval(asked_rows(cfg), loaded, ["val"], "cpu")
     asked = asked_by_hand(cfg, loaded, begin, end)
 
     counts = dict(zip(loaded.maps.item_ids.tolist(), loaded.maps.next_count[1:], strict=True))
@@ -171,7 +171,7 @@ def test_workers_rank_as_one_process_does(
     folder: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = eval_config(folder)
-    alone = evaluate_retrieval(cfg, load_model(cfg.model_dir), evaluator.SPLITS, "cpu")
+    alone = evaluate_retrieval(asked_rows(cfg), load_model(cfg.model_dir), evaluator.SPLITS, "cpu")
 
     monkeypatch.setattr(spread, "LARGE_STORE", 1)
     found = evaluator.evaluate_model(cfg, cfg.model_dir, name="spread")
@@ -184,13 +184,13 @@ def test_baselines_are_made_once_for_all_models(
 ) -> None:
     cfg = eval_config(folder, cutoffs=[4])
     loaded = load_model(cfg.model_dir)
-    made = evaluate_retrieval(cfg, loaded, ["val"], "cpu")
+    made = evaluate_retrieval(asked_rows(cfg), loaded, ["val"], "cpu")
 
     def not_again(*_: object) -> None:
         raise AssertionError("the baselines of these sequences are kept")
 
     monkeypatch.setattr(ItemKNN, "fit", not_again)
-    found = evaluate_retrieval(cfg, loaded, ["val"], "cpu")
+    found = evaluate_retrieval(asked_rows(cfg), loaded, ["val"], "cpu")
     assert found == made and found["val/item_knn/users"] == found["val/users"] > 0
 
     # whatever decides them makes others
@@ -202,7 +202,7 @@ def test_baselines_are_made_once_for_all_models(
     ]
     for other, splits in others:
         with pytest.raises(AssertionError, match="are kept"):
-            evaluate_retrieval(other, loaded, splits, "cpu")
+            evaluate_retrieval(asked_rows(other), loaded, splits, "cpu")
 
 
 @pytest.mark.parametrize(("protocol", "mask"), [("leave_one_out", None), ("global_time", 3)])
@@ -251,7 +251,7 @@ def test_users_are_found_by_the_vectors_of_the_pass_that_scores_candidates(
     for key, row in alone.items():
         torch.testing.assert_close(shared[key], row, rtol=1e-4, atol=1e-5)
 
-    expected = evaluate_retrieval(cfg, loaded, evaluator.SPLITS, "cpu")
+    expected = evaluate_retrieval(asked_rows(cfg), loaded, evaluator.SPLITS, "cpu")
     monkeypatch.delattr(retrieval, "_encode_users")
     metrics = evaluator.evaluate_model(cfg, cfg.model_dir)
     assert {key: metrics[key] for key in expected} == pytest.approx(expected, nan_ok=True)
@@ -261,7 +261,7 @@ def test_scores_do_not_depend_on_the_batch(folder: Path) -> None:
     cfg = eval_config(folder)
     loaded = load_model(cfg.model_dir)
     together = replace(cfg, evaluate=replace(cfg.evaluate, batch_tokens=10_000))
-    found = [evaluate_retrieval(c, loaded, ["test"], "cpu") for c in (cfg, together)]
+    found = [evaluate_retrieval(asked_rows(c), loaded, ["test"], "cpu") for c in (cfg, together)]
     assert found[0]["test/users"] > 0 and found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         assert value == pytest.approx(found[1][name], nan_ok=True), name

@@ -176,7 +176,7 @@ def test_synthetic_logs_follow_seed_and_settings(tmp_path: Path):
     other = dataclasses.replace(other, seed=1)
     tables = []
     for cfg in (one, same, other):
-        assert import_logs(cfg).rows == plan_import(cfg)["rows"]
+        assert import_logs(cfg).rows == plan_import(cfg.source, cfg.folders)["rows"]
         tables.append(pq.read_table(cfg.log_dir / "log"))
     assert tables[0].equals(tables[1])
     assert not tables[0].equals(tables[2])
@@ -196,8 +196,8 @@ def test_synthetic_files_by_day_hold_the_same_rows(tmp_path: Path):
         small_synthetic(tmp_path / str(by_day), by_day=by_day) for by_day in (False, True)
     )
     reports = [import_logs(cfg) for cfg in (by_user, by_day)]
-    assert reports[0].rows == reports[1].rows == plan_import(by_day)["rows"]
-    assert len(reports[1].files) == plan_import(by_day)["files"] == 12
+    assert reports[0].rows == reports[1].rows == plan_import(by_day.source, by_day.folders)["rows"]
+    assert len(reports[1].files) == plan_import(by_day.source, by_day.folders)["files"] == 12
     keys = [(name, "ascending") for name in ("user_id", "tie_breaker")]
     tables = [pq.read_table(cfg.log_dir / "log").sort_by(keys) for cfg in (by_user, by_day)]
     assert tables[0].equals(tables[1])

@@ -60,13 +60,17 @@ def test_a_refused_build_keeps_its_parts(here: None, tmp_path: Path, monkeypatch
     build_sequences(cfg)
 
 
+def periods_of(cfg: RunConfig, *, validates: bool = False) -> dict[str, dict[str, int]]:
+    return check_periods(cfg.sequence_dir, cfg.split, cfg.tasks, validates=validates)
+
+
 def test_what_the_periods_hold_is_said(
     here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = days_of_logs(tmp_path)
     build_sequences(cfg)
     with caplog.at_level(logging.WARNING):
-        found = check_periods(cfg)
+        found = periods_of(cfg)
     assert {name: counts["rows"] for name, counts in found.items()} == {
         "train": 72,
         "val": 24,
@@ -78,14 +82,13 @@ def test_what_the_periods_hold_is_said(
 
     late = replace(cfg.split, t_val="2022-05-01T00:00:00Z", t_test="2022-05-02T00:00:00Z")
     caplog.clear()
-    check_periods(replace(cfg, split=late))
+    periods_of(replace(cfg, split=late))
     assert "split.t_val: the val period holds no row, the events lie from 2022-04-15" in caplog.text
     early = replace(cfg.split, t_val="2022-01-01T00:00:00Z", t_test="2022-01-02T00:00:00Z")
     with pytest.raises(UserError, match=r"split\.t_val: no row lies before it, .* from 2022-04-15"):
-        check_periods(replace(cfg, split=early))
-    validating = replace(cfg, split=late, train=replace(cfg.train, validate_every=5))
+        periods_of(replace(cfg, split=early))
     with pytest.raises(UserError, match=r"split\.t_val.*train\.validate_every has nothing"):
-        check_periods(validating)
+        periods_of(replace(cfg, split=late), validates=True)
 
     page = (cfg.run_dir / "report" / "validation.html").read_text()
     for line in ("<td>val: rows</td><td>24</td>", "<td>train: like</td><td>1 of 72</td>"):

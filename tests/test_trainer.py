@@ -333,7 +333,7 @@ def test_a_mistake_that_a_worker_finds_is_not_tried_again(
     from pipeline.train import trainer
 
     # a mistake that the driver overlooks
-    monkeypatch.setattr(trainer, "check_periods", lambda cfg: {})
+    monkeypatch.setattr(trainer, "check_periods", lambda *_, **__: {})
     late = {"t_val": "2030-01-01T00:00:00+00:00", "t_test": "2030-01-02T00:00:00+00:00"}
     cfg = replace(trained, name="late", split=replace(trained.split, **late))
     shutil.copytree(trained.sequence_dir, cfg.sequence_dir)

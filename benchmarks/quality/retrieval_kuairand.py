@@ -36,7 +36,7 @@ from pipeline.batches.loader import TrainLoader
 from pipeline.batches.steps import step_plan
 from pipeline.config import RunConfig
 from pipeline.evaluate.evaluator import score_store
-from pipeline.evaluate.retrieval import evaluate_retrieval
+from pipeline.evaluate.retrieval import AskedRows, evaluate_retrieval
 from pipeline.model.artifact import LoadedModel
 from pipeline.model.ranker import RankingModel
 from pipeline.train.meter import prefetch_batches
@@ -109,7 +109,8 @@ def score_model(
     if cfg.tasks:
         found |= score_store(cfg, loaded, [split]).splits[split].named_metrics(split)
     if cfg.retrieval.enabled:
-        found |= evaluate_retrieval(cfg, loaded, [split], device)
+        rows = AskedRows(cfg.sequence_dir, cfg.split, cfg.evaluate)
+        found |= evaluate_retrieval(rows, loaded, [split], device)
     model.train(training)
     return found
 

@@ -36,7 +36,7 @@ from pipeline.evaluate.parts import (
     plan_parts,
     score_users,
 )
-from pipeline.evaluate.retrieval import evaluate_retrieval
+from pipeline.evaluate.retrieval import AskedRows, evaluate_retrieval
 from pipeline.evaluate.spread import (
     cluster_has_gpu,
     is_worth_workers,
@@ -268,7 +268,8 @@ def _retrieval_metrics(
         return {}
     here = "cpu" if job.spread else job.device  # what the workers have, this process may lack
     rank = partial(rank_parts, job)
-    return evaluate_retrieval(job.cfg, loaded, job.splits, here, rank, users)
+    rows = AskedRows(job.cfg.sequence_dir, job.cfg.split, job.cfg.evaluate)
+    return evaluate_retrieval(rows, loaded, job.splits, here, rank, users)
 
 
 def scoring_config(cfg: RunConfig, model: RunConfig) -> RunConfig:
@@ -484,14 +485,15 @@ def work_shares(work: Flops) -> dict[str, float]:
     }
 
 
-def plan_evaluation(cfg: RunConfig) -> dict[str, object]:
-    """What evaluation would read, for `--dry-run`."""
-    stored = StoredUsers(cfg.sequence_dir, cfg.source, cfg.features)
+def plan_evaluation(
+    stored: StoredUsers, periods: SplitConfig, max_history: int | None
+) -> dict[str, dict[str, int]]:
+    """Requests, rows and tokens that evaluation would score, by split, for `--dry-run`."""
     counts = {}
     for split in SPLITS:
-        period = split_bounds(cfg.split, split)
-        counts[split] = _count_requests(stored, period, cfg.examples.max_history)
-    return {"model": str(cfg.model_dir), "sequences": str(cfg.sequence_dir), **counts}
+        period = split_bounds(periods, split)
+        counts[split] = _count_requests(stored, period, max_history)
+    return counts
 
 
 def _count_requests(

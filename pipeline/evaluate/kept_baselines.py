@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.batches.features import FeatureMaps
-from pipeline.config import EvaluateConfig, RunConfig, SplitConfig, to_dict
+from pipeline.config import EvaluateConfig, SplitConfig, to_dict
 from pipeline.files import json_text, write_atomically
+from pipeline.model.artifact import LoadedModel
 
 FOLDER = "baselines"
 FORM = 1  # to be raised when other code gives other metrics
@@ -27,14 +27,15 @@ logger = logging.getLogger(__name__)
 
 
 def baseline_facts(
-    digest: str, split: SplitConfig, cfg: EvaluateConfig, model: RunConfig, maps: FeatureMaps
+    digest: str, split: SplitConfig, cfg: EvaluateConfig, loaded: LoadedModel
 ) -> dict[str, Any]:
     """All that decides the metrics of the baselines, as JSON has it.
 
     Args:
         digest: of the sequences.
-        split, cfg: of the evaluation; `model`, `maps`: of the model.
+        split, cfg: of the evaluation; all else is the model's own.
     """
+    model, maps = loaded.cfg, loaded.maps
     return {
         "form": FORM,
         "sequences": digest,

@@ -25,7 +25,7 @@ from pipeline.batches.examples import Examples, UserEvents
 from pipeline.batches.features import FeatureMaps
 from pipeline.batches.loader import split_bounds, token_batches
 from pipeline.batches.stored import StoredUsers
-from pipeline.config import EvaluateConfig, RunConfig, SplitConfig
+from pipeline.config import EvaluateConfig, SplitConfig
 from pipeline.evaluate.asked import Asked, asked_items, seen_items
 from pipeline.evaluate.item_knn import ItemKNN
 from pipeline.evaluate.kept_baselines import baseline_facts, keep_baselines, read_baselines
@@ -81,7 +81,7 @@ RankParts = Callable[[ItemScorers, Sequence[RetrievalPart]], Iterable[PartMetric
 
 
 def evaluate_retrieval(
-    cfg: RunConfig,
+    rows: AskedRows,
     loaded: LoadedModel,
     splits: Sequence[str],
     device: str,
@@ -91,7 +91,8 @@ def evaluate_retrieval(
     """Metrics by split, of the model and of both baselines; a period in which nobody took an item
     has none.
 
-    Sequences, split and protocol come from `cfg`, all else from the model's own configuration.
+    Sequences, periods and protocol are those of `rows`, all else comes from the model's own
+    configuration.
 
     Args:
         rank_parts: gives the metrics of each part, in order; by default they are found here.
@@ -103,26 +104,26 @@ def evaluate_retrieval(
         items = model.retrieval.item_vectors(torch.from_numpy(maps.item_codes[1:]).to(device))
 
     # the baselines, where an earlier evaluation has not made them
-    manifest = store.read_manifest(cfg.sequence_dir)
-    facts = baseline_facts(manifest.digest, cfg.split, cfg.evaluate, loaded.cfg, maps)
-    kept = {split: read_baselines(cfg.sequence_dir, split, facts) for split in splits}
+    folder, settings = rows.sequence_dir, rows.settings
+    manifest = store.read_manifest(folder)
+    facts = baseline_facts(manifest.digest, rows.periods, settings, loaded)
+    kept = {split: read_baselines(folder, split, facts) for split in splits}
     knn = None
     if not all(kept.values()):
         trained = loaded.cfg
-        stored = StoredUsers(cfg.sequence_dir, trained.source, trained.features)
+        stored = StoredUsers(folder, trained.source, trained.features)
         knn = ItemKNN.fit(stored, trained.positive_bits, trained.split.train_end_ms, maps)
 
     parts = _plan_parts(manifest, kept)
     scorers = ItemScorers(items, knn, users or {})
     if rank_parts is None:
-        rows = AskedRows(cfg.sequence_dir, cfg.split, cfg.evaluate)
         ranked = (rank_part(rows, loaded, scorers, part) for part in parts)
     else:
         ranked = rank_parts(scorers, parts)
 
     totals: dict[str, PartMetrics] = {}
     for part, metrics in zip(parts, ranked, strict=True):
-        whole = totals.setdefault(part.split, _new_metrics(cfg.evaluate.cutoffs, maps, metrics))
+        whole = totals.setdefault(part.split, _new_metrics(settings.cutoffs, maps, metrics))
         for name, values in metrics.items():
             whole[name].merge(values)
 
@@ -134,7 +135,7 @@ def evaluate_retrieval(
             continue
         if not baselines:
             baselines = _baseline_results(metrics)
-            keep_baselines(cfg.sequence_dir, split, facts, baselines)
+            keep_baselines(folder, split, facts, baselines)
         values = own.result() | baselines
         found |= {f"{split}/{key}": value for key, value in values.items()}
     return found

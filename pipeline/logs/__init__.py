@@ -7,7 +7,7 @@ stay where they are. `open_logs` answers for all of them what the builder reads.
 from functools import partial
 from pathlib import Path
 
-from pipeline.config import RunConfig, SideTable, SourceConfig
+from pipeline.config import RunConfig, RunFolders, SideTable, SourceConfig
 from pipeline.config.folders import LOG_FOLDER
 from pipeline.logs import kuairand, parquet, synthetic
 from pipeline.logs.imported import (
@@ -51,14 +51,15 @@ def import_logs(cfg: RunConfig, *, overwrite: bool = False) -> ImportReport:
     return import_once(cfg.log_dir, write, source_fingerprint(cfg.source, cfg.seed), overwrite)
 
 
-def plan_import(cfg: RunConfig) -> dict[str, object]:
+def plan_import(source: SourceConfig, folders: RunFolders) -> dict[str, object]:
     """What `import_logs` would write."""
-    if cfg.source.kind == "parquet":
+    if source.kind == "parquet":
+        files = open_logs(source, folders.run_dir).files
         return {
             "import": "nothing to do, logs are read where they are",
-            "rows": import_logs(cfg).rows,
+            "rows": count_rows(files, source.format),
         }
-    return {"writes": str(cfg.log_dir), **PLANS[cfg.source.kind](cfg.source)}
+    return {"writes": str(folders.log_dir), **PLANS[source.kind](source)}
 
 
 def live_log_dir(run_dir: Path) -> Path:

@@ -159,7 +159,10 @@ def run_trials(
         UserError: nothing to train on, or no validation rows.
     """
     folder = search_config(base).run_dir
-    _fit_shared_features(base, trials, folder)
+    first = trials[0].cfg
+    check_periods(first.sequence_dir, first.split, first.tasks, validates=True)
+    if any(shares_features(trial.cfg, base) for trial in trials):
+        fit_features(first).save(folder)
 
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is the job's to handle
     shutil.rmtree(folder / "ray", ignore_errors=True)
@@ -205,14 +208,6 @@ def make_scheduler(
         reduction_factor=search.keep_one_in,
         stop_last_trials=False,  # the last step is followed by a checkpoint and the model
     )
-
-
-def _fit_shared_features(base: RunConfig, trials: Sequence[Trial], folder: Path) -> None:
-    """Feature maps for all trials that have the preset's features, and the periods' check."""
-    cfg = trials[0].cfg
-    check_periods(replace(cfg, train=replace(cfg.train, validate_every=1)))
-    if any(shares_features(trial.cfg, base) for trial in trials):
-        fit_features(cfg).save(folder)
 
 
 def _as_config(trial: Trial) -> dict[str, Any]:

@@ -28,10 +28,13 @@ import pyarrow.parquet as pq
 from pipeline import config
 from pipeline.config import (
     CheckConfig,
+    DriftConfig,
     FeatureConfig,
     RunConfig,
+    RunFolders,
     SequenceConfig,
     SideTable,
+    SourceConfig,
     SplitConfig,
     UserError,
 )
@@ -219,8 +222,11 @@ def build_sequences(cfg: RunConfig, *, overwrite: bool = False, append: bool = F
             # a cluster takes a second to end, in which nothing else would be done
             inputs = _list_inputs(logs, rows_of_files, present, held, made)
             new_parts = made if held else []
+            held_to = VersionSettings(
+                cfg.folders, cfg.source, cfg.sequences, cfg.split, cfg.checks, cfg.drift
+            )
             checking = beside.submit(
-                check_version, cfg, logs, rules, all_parts, new_parts, published, built, inputs
+                check_version, held_to, logs, rules, all_parts, new_parts, published, built, inputs
             )
         with _removing_refused(folder, made):
             manifest = checking.result()
@@ -392,8 +398,20 @@ def build_files(
     return BuiltFiles(side_tables, dictionaries, work, records)
 
 
+@dataclass(frozen=True)
+class VersionSettings:
+    """What a version is counted by, reported with and held against."""
+
+    folders: RunFolders
+    source: SourceConfig
+    sequences: SequenceConfig
+    split: SplitConfig
+    checks: CheckConfig
+    drift: DriftConfig
+
+
 def check_version(
-    cfg: RunConfig,
+    held_to: VersionSettings,
     logs: LogFiles,
     rules: LogRules,
     all_parts: Sequence[Part],
@@ -408,19 +426,20 @@ def check_version(
         UserError: too many rows are bad, among all or among those of `new_parts`, a side table
             joins too little, or the version is too far from the one before.
     """
-    folder = cfg.sequence_dir
+    source, limits, folders = held_to.source, held_to.checks, held_to.folders
+    folder = folders.sequence_dir
     side_tables, dictionaries, records = built.side_tables, built.dictionaries, built.records
-    _check_joins(cfg.checks.min_joined_share, rules, folder, side_tables, dictionaries, records)
-    periods = report_periods(cfg.split, cfg.source.actions, folder, records, side_tables)
+    _check_joins(limits.min_joined_share, rules, folder, side_tables, dictionaries, records)
+    periods = report_periods(held_to.split, source.actions, folder, records, side_tables)
     totals = name_ids(folder, dictionaries, total_statistics(records), rules.num_buckets)
-    checks = _check_counts(cfg.checks, totals, new_parts)
+    checks = _check_counts(limits, totals, new_parts)
     page = report.write_report(
-        cfg.run_dir, cfg.name, totals, rules, logs.imported, checks, inputs, periods
+        folders.run_dir, folders.name, totals, rules, logs.imported, checks, inputs, periods
     )
     refuse_failed(checks, log_hints(totals, rules), page)
     _tell_positives_only(totals, rules)
 
-    settings = content_settings(cfg.source, cfg.sequences)
+    settings = content_settings(source, held_to.sequences)
     manifest = compose_manifest(
         folder,
         all_parts,
@@ -428,9 +447,9 @@ def check_version(
         records,
         imported_quarantined=logs.imported.quarantined if logs.imported else {},
         counts=logs.imported.counts if logs.imported else {},
-        actions=cfg.source.actions,
-        request_columns=cfg.source.request_columns,
-        outcome_columns=config.to_dict(cfg.source)["outcome_columns"],
+        actions=source.actions,
+        request_columns=source.request_columns,
+        outcome_columns=config.to_dict(source)["outcome_columns"],
         num_buckets=rules.num_buckets,
         side_tables=side_tables,
         text_ids=rules.events.text_ids,
@@ -440,8 +459,8 @@ def check_version(
         retired=published.retired if published else {},
         kept_since_ms=published.kept_since_ms if published else None,
     )
-    if cfg.checks.drift:
-        refuse_drift(folder, readable_version(folder), manifest, cfg.drift)
+    if limits.drift:
+        refuse_drift(folder, readable_version(folder), manifest, held_to.drift)
     return manifest
 
 

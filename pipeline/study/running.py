@@ -65,7 +65,7 @@ def run_study(base: RunConfig, plan: StudyPlan, told: Told) -> dict[str, str]:
 
     folder = study_config(base).run_dir
     first = points[0].trial.cfg
-    check_periods(replace(first, train=replace(first.train, validate_every=1)))
+    check_periods(first.sequence_dir, first.split, first.tasks, validates=True)
 
     # the largest size waits for its prediction
     largest_size = list(plan.sizes)[-1]

@@ -1,11 +1,12 @@
 """What the periods of the split hold, told before anything is trained."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import RunConfig, UserError
+from pipeline.config import SplitConfig, UserError
 from pipeline.sequences import store
 from pipeline.sequences.quality.periods import (
     PERIODS,
@@ -18,39 +19,40 @@ from pipeline.sequences.quality.periods import (
 logger = logging.getLogger(__name__)
 
 
-def check_periods(cfg: RunConfig) -> dict[str, dict[str, int]]:
-    """Rows and labels of each period for the tasks of the configuration, as `by_name` has them.
+def check_periods(
+    sequence_dir: Path, split: SplitConfig, tasks: Sequence[str], *, validates: bool
+) -> dict[str, dict[str, int]]:
+    """Rows and labels of each period for the tasks, as `by_name` has them.
 
     An empty validation or test period, and a task without a positive there, are said; training
-    needs neither.
+    needs neither, unless it `validates`.
 
     Raises:
-        UserError: there is no row to train on, or the validation period is empty, and
-        `train.validate_every` asks for its rows.
+        UserError: there is no row to train on, or none to validate on.
     """
-    manifest = store.read_manifest(cfg.sequence_dir)
+    manifest = store.read_manifest(sequence_dir)
     num_actions = len(manifest.actions)
-    edges = period_edges(cfg.split)
-    counted = count_periods(cfg.sequence_dir, manifest.buckets, edges, num_actions)
+    edges = period_edges(split)
+    counted = count_periods(sequence_dir, manifest.buckets, edges, num_actions)
     counts = add_periods(counted, num_actions)
 
-    last = "test" if cfg.split.refit else "val"
-    if cfg.tasks and sum(counts.rows[: PERIODS.index(last)]) == 0:
+    last = "test" if split.refit else "val"
+    if tasks and sum(counts.rows[: PERIODS.index(last)]) == 0:
         raise UserError(
             f"split.t_{last}: no row lies before it, {_span(manifest)}: nothing to train on"
         )
     for number, period in enumerate(PERIODS[1:], start=1):
         if counts.rows[number] == 0:
-            _tell_empty(period, manifest, cfg.train.validate_every > 0)
+            _tell_empty(period, manifest, validates)
         else:
-            bits = dict(zip(cfg.tasks, cfg.task_bits, strict=True))
+            bits = {task: manifest.actions.index(task) for task in tasks}
             _tell_tasks_without_positives(bits, period, number, counts)
-    return counts.by_name(manifest.actions, cfg.tasks)
+    return counts.by_name(manifest.actions, tasks)
 
 
-def _tell_empty(period: str, manifest: store.Manifest, is_scored: bool) -> None:
+def _tell_empty(period: str, manifest: store.Manifest, validates: bool) -> None:
     message = f"split.t_{period}: the {period} period holds no row, {_span(manifest)}"
-    if period == "val" and is_scored:
+    if period == "val" and validates:
         raise UserError(f"{message}: train.validate_every has nothing to score")
     logger.warning("%s: there will be no %s metrics", message, period)
 

@@ -92,7 +92,7 @@ def fit_model(
     before = earlier_checkpoint(cfg)  # tells a mistake before any worker starts
     train = with_readers(cfg.train, before)
     cfg = replace(cfg, train=train)
-    check_periods(cfg)
+    check_periods(cfg.sequence_dir, cfg.split, cfg.tasks, validates=train.validate_every > 0)
     finished = before is not None and before.state.finished
     if not finished:
         refuse_impossible_size(cfg.ray, train)
@@ -249,7 +249,8 @@ def plan_training(cfg: RunConfig) -> dict[str, object]:
     check_run(cfg.model, cfg.train, retrieval=cfg.retrieval.enabled)
     train = cfg.train
     refuse_impossible_size(cfg.ray, train)
-    periods = check_periods(cfg)
+    validates = train.validate_every > 0
+    periods = check_periods(cfg.sequence_dir, cfg.split, cfg.tasks, validates=validates)
 
     before = open_checkpoints(cfg.train_dir, train).newest()
     cfg = replace(cfg, train=with_readers(train, before))

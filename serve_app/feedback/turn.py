@@ -9,7 +9,7 @@ are held against each other.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -30,7 +30,7 @@ from pipeline.config import (
     UserError,
 )
 from pipeline.logs import live_log_dir
-from pipeline.schema import DAY_MS
+from pipeline.schema import DAY_MS, EventColumns
 from pipeline.sequences import store
 from pipeline.tracking import Decision, PinnedModel, RowsAtHand, Tracker
 from serve_app import deployment
@@ -104,8 +104,10 @@ def run_turn(
     summary = find_next(cfg, decide=decide)
 
     _print_step(4, f"version {tracker.find_champion().version} recommends")
+    by_rank = not cfg.index.enabled
+    crowd = find_crowd(cfg.sequence_dir, cfg.source.events, cfg.tasks, by_rank=by_rank)
     with open_client(cfg.serve, url) as client:
-        after = look_at_lists(client, find_crowd(cfg), days_end, visits // DAYS, cfg.seed)
+        after = look_at_lists(client, crowd, days_end, visits // DAYS, cfg.seed)
     print(
         f"in fashion, of what was recommended: {before.fashion_share:.3f} before, "
         f"{after.fashion_share:.3f} after (.2 by chance)"
@@ -199,8 +201,10 @@ def simulate_days(cfg: RunConfig, url: str, start_ms: int, days: int, visits: in
 
     rng = np.random.default_rng(cfg.seed)
     times_ms = start_ms + np.sort(rng.choice(days * DAY_MS, visits, replace=False))
+    by_rank = not cfg.index.enabled
+    crowd = find_crowd(cfg.sequence_dir, cfg.source.events, cfg.tasks, by_rank=by_rank)
     with open_client(cfg.serve, url) as client:
-        done, names = visit_server(client, find_crowd(cfg), times_ms, rng)
+        done, names = visit_server(client, crowd, times_ms, rng)
     wait_for_rows(deployment.served_folder(cfg.serve, cfg.run_dir), names, WRITTEN_S)
     return done
 
@@ -215,12 +219,13 @@ def look_at_lists(
     return done
 
 
-def find_crowd(cfg: RunConfig) -> Crowd:
-    """The users of the published sequences."""
-    users, items = known_ids(cfg.sequence_dir)
-    table, columns = store.read_sequences(cfg.sequence_dir), cfg.source.events
-    rates = action_rates(table, columns, cfg.tasks)
-    return Crowd(users, items, rates, by_rank=not cfg.index.enabled)
+def find_crowd(
+    sequence_dir: Path, columns: EventColumns, tasks: Sequence[str], *, by_rank: bool
+) -> Crowd:
+    """The users of the published sequences, who do the `tasks` as often as they did."""
+    users, items = known_ids(sequence_dir)
+    rates = action_rates(store.read_sequences(sequence_dir), columns, tasks)
+    return Crowd(users, items, rates, by_rank=by_rank)
 
 
 def export_answers(

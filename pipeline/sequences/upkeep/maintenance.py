@@ -8,8 +8,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.config import RunConfig, SequenceConfig, SourceConfig, UserError
+from pipeline.config import (
+    CheckConfig,
+    RunConfig,
+    RunFolders,
+    SequenceConfig,
+    SourceConfig,
+    SplitConfig,
+    UserError,
+)
 from pipeline.files import sweep_staged
 from pipeline.logs import LIVE_FILES, live_log_dir, live_logs, open_logs
 from pipeline.logs.cleaning import LogRules, has_log_form
@@ -70,6 +78,17 @@ def published_with(folder: Path, source: SourceConfig, cfg: SequenceConfig) -> M
     return manifest
 
 
+@dataclass(frozen=True)
+class HeldVersion:
+    """A published version with what makes another one of it."""
+
+    folder: Path
+    manifest: Manifest
+    parts: Sequence[Part]
+    rules: BucketRules
+    run: Workers
+
+
 def held_rules(manifest: Manifest) -> LogRules:
     """For rows that were checked when their part was made."""
     return LogRules(
@@ -109,6 +128,7 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
         logs = held_rules(published)
         rules = build.bucket_rules(cfg.sequences, cfg.features, cfg.split, logs, parts, cfg.run_dir)
         with workers(cfg.ray, cfg.runs_dir) as run:
+            held = HeldVersion(folder, published, parts, rules, run)
             task = partial(gather_part, rules=rules, since_ms=since_ms, folder=folder)
             gathered = run("gathering the parts", task, work)
             try:
@@ -127,9 +147,7 @@ def compact_sequences(cfg: RunConfig) -> Manifest:
             retired = dict(sorted(retired.items()))
 
             changes = {"retired": retired, "kept_since_ms": since_ms}
-            manifest = rebuild_version(
-                folder, published, parts, now, dropped, rules, run, **changes
-            )
+            manifest = rebuild_version(held, now, dropped, **changes)
 
         before = version_but(folder, manifest.digest)
         store.write_manifest(folder, manifest)
@@ -184,16 +202,9 @@ def for_readers(manifest: Manifest) -> Manifest:
 
 
 def rebuild_version(
-    folder: Path,
-    published: Manifest,
-    parts_before: Sequence[Part],
-    parts: Sequence[Part],
-    changed: Collection[int],
-    rules: BucketRules,
-    run: Workers,
-    **changes: Any,
+    held: HeldVersion, parts: Sequence[Part], changed: Collection[int], **changes: Any
 ) -> Manifest:
-    """The published version over other parts: buckets with the numbers `changed` are built again,
+    """The held version over other parts: buckets with the numbers `changed` are built again,
     the others stay, unless what is counted of them has changed with the settings.
 
     `changes` are fields of the manifest that are not counted from the buckets.
@@ -201,6 +212,7 @@ def rebuild_version(
     Raises:
         UserError: no rows would be left.
     """
+    folder, published, rules = held.folder, held.manifest, held.rules
     records = held_records(folder, published)
     counted = total_statistics(records)
 
@@ -213,7 +225,7 @@ def rebuild_version(
         )
 
     # a bucket whose rows are the same keeps its record, under the name that its new parts give it
-    work_before = plan_buckets(parts_before, published.retired, rules)
+    work_before = plan_buckets(held.parts, published.retired, rules)
     before = {task.number: task for task in work_before}
     for task in work:
         if task.number not in changed and before[task.number].record in published.records:
@@ -237,7 +249,7 @@ def rebuild_version(
         folder,
         parts,
         work,
-        build.build_buckets(folder, work, rules, run),
+        build.build_buckets(folder, work, rules, held.run),
         imported_quarantined=Counter(published.quarantined) - Counter(counted.quarantined),
         **(rest | changes),
     )
@@ -271,11 +283,21 @@ def forget_users(cfg: RunConfig, users: np.ndarray) -> dict[str, int]:
         exported = _stage_files(map(Path, live_logs(cfg.run_dir)), users, column, text=text)
         digests = {file.old_digest: file.new_digest for file in exported}
 
-        manifest, removed = _without(cfg, published, users, digests)
+        parts = held_parts(folder, published)
+        logs = held_rules(published)
+        rules = build.bucket_rules(cfg.sequences, cfg.features, cfg.split, logs, parts, cfg.run_dir)
+
+        def inputs_of(parts: Sequence[Part]) -> str:
+            settings = content_settings(cfg.source, cfg.sequences)
+            return inputs_of_parts(settings, open_logs(cfg.source, cfg.run_dir), parts)
+
+        with workers(cfg.ray, cfg.runs_dir) as run:
+            held = HeldVersion(folder, published, parts, rules, run)
+            manifest, removed = _without(held, users, digests, inputs_of)
         if manifest != published:
             store.write_manifest(folder, manifest)
         store.remove_unnamed(folder, [manifest])  # the version before has the users too
-        _report_again(cfg, manifest)
+        _report_again(cfg.folders, cfg.source, cfg.split, cfg.checks, manifest)
 
         # after the manifest, which knows them by their new digests
         removed["live_logs"] = _publish_files(exported)
@@ -312,86 +334,101 @@ def _publish_files(files: Sequence[Rewritten]) -> int:
 
 
 def _without(
-    cfg: RunConfig, published: Manifest, users: np.ndarray, digests: Mapping[str, str]
+    held: HeldVersion,
+    users: np.ndarray,
+    digests: Mapping[str, str],
+    inputs_of: Callable[[Sequence[Part]], str],
 ) -> tuple[Manifest, dict[str, int]]:
-    """The published version without the users, its files written; and the rows removed."""
-    folder = cfg.sequence_dir
-    parts = held_parts(folder, published)
-    logs = held_rules(published)
-    rules = build.bucket_rules(cfg.sequences, cfg.features, cfg.split, logs, parts, cfg.run_dir)
+    """The held version without the users, its files written; and the rows removed.
 
-    with workers(cfg.ray, cfg.runs_dir) as run:
-        task = partial(sweep_part, users=users, rules=rules.logs, folder=folder)
-        swept = run("taking users out of the parts", task, plan_sweep(parts, users, digests))
+    Args:
+        digests: old -> new, of the files of the logs that had rows of them.
+        inputs_of: the digest of a version's inputs, by its parts.
+    """
+    folder, published = held.folder, held.manifest
+    task = partial(sweep_part, users=users, rules=held.rules.logs, folder=folder)
+    work = plan_sweep(held.parts, users, digests)
+    swept = held.run("taking users out of the parts", task, work)
 
-        changed: set[int] = set()  # buckets
-        removed = {"parts": 0, "retired": 0, "users": 0}
-        now: list[Part] = []
-        for one in swept:
-            now.append(one.part)
-            changed.update(one.removed)
-            removed["parts"] += sum(one.removed.values())
+    changed: set[int] = set()  # buckets
+    removed = {"parts": 0, "retired": 0, "users": 0}
+    now: list[Part] = []
+    for one in swept:
+        now.append(one.part)
+        changed.update(one.removed)
+        removed["parts"] += sum(one.removed.values())
 
-        retired = {}
-        for number, entry in published.retired.items():
-            rest, rows = table_without(folder, entry, users)
-            removed["retired"] += rows
-            if rows:
-                changed.add(int(number))
-            if rest.rows:
-                retired[number] = rest
+    retired, rows_retired = _retired_without(folder, published.retired, users)
+    removed["retired"] = sum(rows_retired.values())
+    changed.update(rows_retired)
 
-        tables = dict(published.side_tables)
-        if "users" in tables:
-            tables["users"], removed["users"] = table_without(folder, tables["users"], users)
+    tables = dict(published.side_tables)
+    if "users" in tables:
+        tables["users"], removed["users"] = table_without(folder, tables["users"], users)
 
-        dictionaries = dict(published.dictionaries)
-        if "user_id" in dictionaries:
-            dictionaries["user_id"], removed["ids"] = chunks_without(
-                folder, "user_id", dictionaries["user_id"], users, published.num_buckets
-            )
+    dictionaries = dict(published.dictionaries)
+    if "user_id" in dictionaries:
+        dictionaries["user_id"], removed["ids"] = chunks_without(
+            folder, "user_id", dictionaries["user_id"], users, published.num_buckets
+        )
 
-        if now == parts and not changed and not any(map(removed.get, ("users", "ids"))):
-            return published, {"sequences": 0, "quarantine": 0, **removed}
+    if now == held.parts and not changed and not any(map(removed.get, ("users", "ids"))):
+        return published, {"sequences": 0, "quarantine": 0, **removed}
 
-        changes: dict[str, Any] = {
-            "retired": retired,
-            "side_tables": tables,
-            "dictionaries": dictionaries,
-        }
-        if digests:
-            settings = content_settings(cfg.source, cfg.sequences)
-            changes["inputs"] = inputs_of_parts(settings, open_logs(cfg.source, cfg.run_dir), now)
-        manifest = rebuild_version(folder, published, parts, now, changed, rules, run, **changes)
+    changes: dict[str, Any] = {
+        "retired": retired,
+        "side_tables": tables,
+        "dictionaries": dictionaries,
+    }
+    if digests:
+        changes["inputs"] = inputs_of(now)
+    manifest = rebuild_version(held, now, changed, **changes)
 
-    rows = {
+    counts = {
         "sequences": published.num_rows - manifest.num_rows,
         "quarantine": _quarantined_rows(published) - _quarantined_rows(manifest),
     }
-    return manifest, rows | removed
+    return manifest, counts | removed
+
+
+def _retired_without(
+    folder: Path, retired: Mapping[str, Bucket], users: np.ndarray
+) -> tuple[dict[str, Bucket], dict[int, int]]:
+    """The retired files without the users, and the rows removed, by buckets that had some."""
+    left: dict[str, Bucket] = {}
+    removed: dict[int, int] = {}
+    for number, entry in retired.items():
+        rest, rows = table_without(folder, entry, users)
+        if rows:
+            removed[int(number)] = rows
+        if rest.rows:
+            left[number] = rest
+    return left, removed
 
 
 def _quarantined_rows(manifest: Manifest) -> int:
     return sum(entry.rows for entry in manifest.quarantine)
 
 
-def _report_again(cfg: RunConfig, manifest: Manifest) -> None:
+def _report_again(
+    folders: RunFolders,
+    source: SourceConfig,
+    split: SplitConfig,
+    limits: CheckConfig,
+    manifest: Manifest,
+) -> None:
     """The report shows rows and names users: write it again from what is left."""
-    if not (cfg.run_dir / "report").exists():
+    folder, run_dir = folders.sequence_dir, folders.run_dir
+    if not (run_dir / "report").exists():
         return
 
-    records = held_records(cfg.sequence_dir, manifest)
+    records = held_records(folder, manifest)
     totals = name_ids(
-        cfg.sequence_dir,
-        manifest.dictionaries,
-        total_statistics(records),
-        manifest.num_buckets,
+        folder, manifest.dictionaries, total_statistics(records), manifest.num_buckets
     )
-    checks = run_checks(cfg.checks, totals)
-    imported = None if cfg.source.kind == "parquet" else read_import_report(cfg.log_dir)
-    inputs = report.read_inputs(cfg.run_dir)
-    periods = build.report_periods(
-        cfg.split, cfg.source.actions, cfg.sequence_dir, records, manifest.side_tables
-    )
+    checks = run_checks(limits, totals)
+    imported = None if source.kind == "parquet" else read_import_report(folders.log_dir)
+    inputs = report.read_inputs(run_dir)
+    periods = build.report_periods(split, source.actions, folder, records, manifest.side_tables)
     rules = held_rules(manifest)
-    report.write_report(cfg.run_dir, cfg.name, totals, rules, imported, checks, inputs, periods)
+    report.write_report(run_dir, folders.name, totals, rules, imported, checks, inputs, periods)
