@@ -17,6 +17,7 @@ of users in it, the next writer removes it, and whoever forgets users (`sweep_st
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -132,15 +133,32 @@ def publish_folder(stage: Path, folder: Path) -> None:
     A folder that is there makes way first. Renaming a folder onto another is not possible, so a
     kill between the two renames leaves none at that name, never half of one.
     """
-    for path in stage.rglob("*"):
-        if path.is_file():
-            sync_to_disk(path)
-
+    _sync_files(stage)
     old = stage.with_name(f".{stage.name.lstrip('.')}-old")
     if folder.exists():
         os.rename(folder, old)
     os.rename(stage, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def publish_folder_once(stage: Path, folder: Path) -> None:
+    """As `publish_folder`, unless the name is taken: then what is there stays, and `stage` too.
+
+    For writers of the same content: of several at once one publishes, and nobody who reads it
+    already finds it gone for a moment.
+    """
+    _sync_files(stage)
+    try:
+        os.rename(stage, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync_to_disk(path)
 
 
 def sync_to_disk(path: Path) -> None:

@@ -386,6 +386,8 @@ class Arguments(BaseModel):
     max_wait_ms: float = 500.0
     request_timeout_s: float = 10.0
     body_timeout_s: float = 2.0
+    max_candidates: int | None = None
+    max_history: int | None = None
     max_rank_users: int = 100
     max_recommend_users: int = 100
     hosts: list[str] | None = None
@@ -417,6 +419,8 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
         max_wait_s=args.max_wait_ms / 1000,
         timeout_s=args.request_timeout_s,
         body_timeout_s=args.body_timeout_s,
+        max_candidates=args.max_candidates,
+        max_history=args.max_history,
         max_rank_users=args.max_rank_users,
         max_recommend_users=args.max_recommend_users,
         id_is_sent=True,

@@ -103,6 +103,8 @@ def serve_config(
         "max_wait_ms": settings.max_wait_ms,
         "request_timeout_s": settings.request_timeout_s,
         "body_timeout_s": settings.body_timeout_s,
+        "max_candidates": settings.max_candidates,
+        "max_history": settings.max_history,
         "max_rank_users": settings.max_rank_users,
         "max_recommend_users": settings.max_recommend_users,
         "hosts": _local_names(settings),

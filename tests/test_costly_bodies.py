@@ -46,7 +46,7 @@ def names(number: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("path", ["/v1/rank", "/v1/events", "/v1/recommend/batch"])
 def test_of_ever_so_many_wrong_parts_the_first_is_told(
-    api: FastAPI, path: str, monkeypatch: pytest.MonkeyPatch
+    path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = 0
     original = Refusal.of
@@ -58,7 +58,8 @@ def test_of_ever_so_many_wrong_parts_the_first_is_told(
 
     monkeypatch.setattr(Refusal, "of", count)
     parts = {"/v1/rank": "candidates", "/v1/events": "events"}.get(path, "requests")
-    answer = call(api, "POST", path, json={"user_id": 1, parts: [1] * MANY})
+    wide = make_api(Fixed(), max_body_bytes=2_000_000, max_recommend_users=MANY)
+    answer = call(wide, "POST", path, json={"user_id": 1, parts: [1] * MANY})
     told = [one["loc"] for one in answer.json()["detail"] if one["loc"][1] == parts]
     assert (answer.status_code, told) == (422, [["body", parts, 0]])
     assert made <= 2
@@ -148,6 +149,42 @@ def test_too_many_users_are_refused_before_a_request_is_made_of_each(
             "msg": "at most 100 users",
             "input": str(MANY),
         }
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "rule"),
+    [
+        ("/v1/rank", RANK, "candidates", "at most 2 candidates"),
+        ("/v1/rank", RANK, "history", "at most 3 rows"),
+        ("/v1/rank/batch", {}, "requests", "at most 4 users"),
+        ("/v1/recommend/batch", {}, "requests", "at most 5 users"),
+    ],
+)
+def test_a_list_that_is_too_long_is_refused_before_a_schema_looks_at_each(
+    path: str, body: dict, field: str, rule: str
+) -> None:
+    limited = make_api(
+        Fixed(),
+        max_body_bytes=2_000_000,
+        max_candidates=2,
+        max_history=3,
+        max_rank_users=4,
+        max_recommend_users=5,
+    )
+    most = int(rule.split()[2])
+    for number in (most, most + 1):
+        # of wrong parts: a schema would tell the first
+        answer = call(limited, "POST", path, json=body | {field: [1] * number})
+        told = answer.json()["detail"][0]
+        assert answer.status_code == 422
+        if number == most:
+            assert told["loc"][:3] == ["body", field, 0]
+        else:
+            assert told == {"loc": ["body", field], "msg": rule, "input": str(number)}
+
+    whole = [RANK, RANK | {"candidates": [{"item_id": 1}] * 3}]
+    statuses = [call(limited, "POST", "/v1/rank", json=one).status_code for one in whole]
+    assert statuses == [200, 422]
 
 
 def test_columns_do_not_share_their_bytes() -> None:

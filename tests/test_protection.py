@@ -255,6 +255,8 @@ def test_the_configuration_reaches_the_server(tmp_path: Path, keys_file: Path) -
         "max_wait_ms": 500.0,
         "request_timeout_s": 10.0,
         "body_timeout_s": 2.0,
+        "max_candidates": 10_000,
+        "max_history": 16_384,
         "max_rank_users": 100,
         "max_recommend_users": 100,
         "hosts": None,

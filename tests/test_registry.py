@@ -7,7 +7,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from pipeline import config
+from pipeline import config, files
 from pipeline.config import RunConfig, UserError
 from pipeline.sequences import store
 from pipeline.tracking import Decision, RowsAtHand, Tracker, fetch_model, registry
@@ -163,6 +163,29 @@ def test_the_champion_comes_down_checked_and_by_number(cfg: RunConfig, tmp_path:
     (folder / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(UserError, match=r"model\.safetensors"):
         fetch_model(pinned, folder.parent)
+
+
+def test_of_two_replicas_that_fetch_a_version_the_first_one_s_folder_stays(
+    cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other may be reading it already: it must not be gone for a moment."""
+    new_version(cfg, tmp_path, 0.9)
+    Tracker(cfg).promote_version()
+    pinned = Tracker(cfg).find_champion()
+    faster = fetch_model(pinned, tmp_path / "faster")
+    folder = tmp_path / "cache" / pinned.folder_name
+    sync = files.sync_to_disk
+
+    def sync_while_another_publishes(path: Path) -> None:
+        sync(path)
+        if not folder.exists():
+            faster.rename(folder)
+
+    published = faster.stat().st_ino
+    monkeypatch.setattr(files, "sync_to_disk", sync_while_another_publishes)
+    assert fetch_model(pinned, tmp_path / "cache") == folder
+    assert folder.stat().st_ino == published
+    assert list((tmp_path / "cache").iterdir()) == [folder]
 
 
 def test_a_registry_whose_files_changed_is_refused(cfg: RunConfig, tmp_path: Path) -> None:

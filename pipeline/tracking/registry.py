@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.config import RunConfig, TrackingConfig, UserError
-from pipeline.files import folder_digests, publish_folder, sha256_of
+from pipeline.files import folder_digests, publish_folder_once, sha256_of
 from pipeline.tracking.evaluation import split_counts
 from pipeline.tracking.gate import (
     BASELINE_PREFIX,
@@ -471,8 +471,7 @@ def fetch_model(model: PinnedModel, cache: Path) -> Path:
             # MLflow's own note beside the files
             (found / "registered_model_meta").unlink(missing_ok=True)
             _check(found, model)
-            if not folder.exists():  # else another replica was faster
-                publish_folder(found, folder)
+            publish_folder_once(found, folder)  # another replica may be faster
     _check(folder, model)
     return folder
 

@@ -25,6 +25,7 @@ from serve_app.web import (
     rank_batch,
     recommend,
 )
+from serve_app.web.bodies import PartLimit
 from serve_app.web.errors import add_error_handlers
 from serve_app.web.limits import Admission, BodyLimit, Deadline, Draining, Gate
 from serve_app.web.page import routes as page_routes
@@ -60,6 +61,8 @@ def make_api(
     max_wait_s: float = 0.5,
     timeout_s: float = 10.0,
     body_timeout_s: float = 2.0,
+    max_candidates: int | None = None,
+    max_history: int | None = None,
     max_rank_users: int = 100,
     max_recommend_users: int = 100,
     id_is_sent: bool = False,
@@ -80,6 +83,8 @@ def make_api(
         max_wait_s: work that may lie before a request; HTTP 429 beyond it.
         timeout_s: from the first byte to the answer; HTTP 504 beyond it.
         body_timeout_s: until the body is there; HTTP 408 beyond it.
+        max_candidates, max_history: of a rank request that names them in JSON; HTTP 422 beyond it,
+            before the schema looks at each. None: the replica refuses alone.
         max_rank_users, max_recommend_users: of one request; HTTP 422 beyond it.
         id_is_sent: as of `RequestLog`.
         hosts: names that a request may call this server by; None is all.
@@ -92,6 +97,11 @@ def make_api(
     api = _new_app(replica, served_log, name)
     api.state.max_rank_users = max_rank_users
     api.state.max_recommend_users = max_recommend_users
+    api.state.part_limits = {
+        "/v1/rank": _rank_limits(max_candidates, max_history),
+        "/v1/rank/batch": [PartLimit("requests", max_rank_users, "users")],
+        "/v1/recommend/batch": [PartLimit("requests", max_recommend_users, "users")],
+    }
 
     # a browser asks for the page before anybody can give it a key
     open_paths = OPEN_PATHS if page is None else (*OPEN_PATHS, *page_routes.FILE_PATHS)
@@ -132,6 +142,16 @@ def _new_app(replica: Replica, served_log: ServedLogSettings | None, name: str) 
     if served_log is not None:
         api.state.served = ServedLog(served_log, name, api.state.counts)
     return api
+
+
+def _rank_limits(max_candidates: int | None, max_history: int | None) -> list[PartLimit]:
+    """The lists of a rank request, as the replica's own refusals name them."""
+    limits = []
+    if max_candidates is not None:
+        limits.append(PartLimit("candidates", max_candidates, "candidates"))
+    if max_history is not None:
+        limits.append(PartLimit("history", max_history, "rows"))
+    return limits
 
 
 def _add_routes(api: FastAPI, page: PageSettings | None, *, with_keys: bool) -> None:
