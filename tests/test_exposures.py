@@ -107,6 +107,28 @@ def rows_of(cfg: RunConfig, user: int) -> dict[int, tuple[int, int, int, int]]:
     return {item: tuple(rest) for item, *rest in zip(*(row[name] for name in names), strict=True)}
 
 
+def test_what_was_posted_is_noted_for_exposures_alone_and_takes_little_memory(
+    cfg: RunConfig, log: SqliteEvents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posted = []
+    for item in (10, 11, 12):
+        event = {"user_id": 3, "item_id": item, "event_time": SHOWN, "actions": {"is_click": True}}
+        posted.append(Event.model_validate(event | {"request_features": {"tab": item}}))
+    log.append(posted)
+
+    noted = exposures.Outcomes()
+    noted.note_events(posted)
+    names = list(noted.said.values())
+    assert names == [{"tab"}] * 3
+    assert all(one is names[0] for one in names), "one set for all events that say the same"
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("nobody asks for it")
+
+    monkeypatch.setattr(exposures.Outcomes, "note_events", refuse)
+    assert export_events(cfg.source, cfg.sequences, cfg.run_dir, log).num_events == 3
+
+
 def test_what_nobody_posted_did_not_happen(
     cfg: RunConfig, log: SqliteEvents, tmp_path: Path, clock: Clock
 ) -> None:

@@ -82,6 +82,18 @@ def test_a_share_of_the_users_and_always_the_same() -> None:
     assert len(small & other) < 200, "another version is tried on other users"
 
 
+def test_a_replica_that_starts_after_an_append_without_a_deploy_says_so(
+    world, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg, models = world
+    wanted = deployment.user_config(cfg.folders, cfg.serve, models[0])
+    with caplog.at_level("WARNING", logger="ray.serve"):
+        rollout.load_rollout(wanted, ReplicaMetrics())
+        assert "published anew" not in caplog.text
+        rollout.load_rollout(wanted | {"digest": "0" * 64}, ReplicaMetrics())
+    assert "published anew since the server was deployed" in caplog.text
+
+
 def test_the_canary_answers_its_users_and_nobody_else(world) -> None:
     counts = ReplicaMetrics()
     both = loaded(world, canary=1, counts=counts)

@@ -68,6 +68,7 @@ class Outcomes:
         self.by_request: dict[tuple[int, int, str], int] = {}  # user, item, request_id -> time
         # user, item, time -> the request columns that the event has, request_id among them
         self.said: dict[tuple[int, int, int], frozenset[str]] = {}
+        self._each: dict[frozenset[str], frozenset[str]] = {}  # of equal sets one is held
 
     def note_events(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -77,7 +78,8 @@ class Outcomes:
             if request is not None:
                 said.add("request_id")
                 self.by_request[user, item, request] = event.event_time
-            self.said[user, item, event.event_time] = frozenset(said)
+            names = frozenset(said)
+            self.said[user, item, event.event_time] = self._each.setdefault(names, names)
 
 
 @dataclass(frozen=True, slots=True)

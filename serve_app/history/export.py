@@ -121,7 +121,8 @@ def _export(
                 writer.write_table(rows)
                 num_events += rows.num_rows
                 dropped += _count_dropped(events, source.events)
-                outcomes.note_events(good)
+                if exposures is not None:
+                    outcomes.note_events(good)
 
             if exposures is not None:
                 for rows in exposures.read_rows(outcomes, read_mark(folder)):

@@ -473,6 +473,12 @@ def _load_ranker(
         loaded.cfg.features,
         Path(user_config["serving"]),
     )
+    if published.digest != user_config["digest"]:
+        logger.warning(
+            "the sequences at %s were published anew since the server was deployed, and its other "
+            "replicas may still read those from before: jobs.deploy gives these to all",
+            user_config["sequences"],
+        )
     loaded.maps.refuse_other_ids(published.columns, user_config["sequences"])
     history = LiveHistory(
         published, shared.log, loaded.cfg.sequences, limits.max_events, limits.max_user_events
