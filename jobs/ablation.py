@@ -35,7 +35,7 @@ def run_job(job: cli.Job) -> None:
     from pipeline.cluster import ray_cluster
     from pipeline.evaluate import ablation
     from pipeline.sequences import store
-    from pipeline.train import supervision
+    from pipeline.train.one_at_a_time import only_training
 
     cfg, split = job.cfg, job.options.split
     chosen = choose_variants(cfg, job.options.only)
@@ -44,7 +44,7 @@ def run_job(job: cli.Job) -> None:
     whole = replace(cfg, name=f"{cfg.name} ablation")
 
     with (
-        supervision.only_training(whole.runs_dir, whole.name),
+        only_training(whole.runs_dir, whole.name),
         tracking.session(cfg) as tracker,
         ray_cluster(cfg.ray, runs_dir=cfg.runs_dir),
         tracker.start_run(whole, manifest) as parent,

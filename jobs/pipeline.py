@@ -76,53 +76,60 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
-    from pipeline import tracking
-    from pipeline.cluster import ray_cluster
-    from pipeline.train import supervision
+    from pipeline.train.one_at_a_time import only_training
 
     cfg = job.cfg
-    looped = job.options.loop is not None
     check_options(job)
-    check_settings(cfg)
-    baseline = read_baseline(job)
-    supervision.refuse_impossible_size(cfg.ray, cfg.train)
-    with supervision.only_training(cfg.runs_dir, cfg.name):
-        if job.options.fresh:
-            remove_run(cfg.run_dir)
-            if baseline is not None:
-                shutil.rmtree(baseline.train_dir, ignore_errors=True)
-
-        write_atomically(cfg.run_dir / RUN_FILE, json.dumps(config.to_dict(cfg), indent=2))
-        with (
-            tracking.session(cfg) as tracker,
-            ray_cluster(
-                cfg.ray,
-                runs_dir=cfg.runs_dir,
-                include_dashboard=True,
-                keep_logs=cfg.run_dir / "serving" / "logs",
-            ) as cluster,
-        ):
-            run_whole = partial(
-                run_chain,
-                tracker=tracker,
-                dashboard_url=cluster.dashboard_url,
-                append=job.options.append or looped,
-                force_first=job.options.force_first,
-                baseline=baseline,
-            )
-            if looped:
-                from serve_app.feedback import turn
-
-                url, visits = cluster.dashboard_url, job.options.loop
-                task = job.options.promote_if
-                summary = turn.run_turn(cfg, tracker, url, visits, run_whole, task)
-            else:
-                summary = run_whole(cfg)
+    with only_training(cfg.runs_dir, cfg.name):
+        summary = run_alone(job)
 
     path = cfg.run_dir / "summary.json"
     write_atomically(path, json_text(summary))
     print_summary(cfg.name, cfg.tasks, summary)
     print(f"all of it in {path}")
+
+
+def run_alone(job: cli.Job) -> dict[str, Any]:
+    """All stages while no other job trains under this name; returns what `summary.json` holds."""
+    from pipeline import tracking
+    from pipeline.cluster import ray_cluster
+    from pipeline.train import supervision
+
+    cfg = job.cfg
+    check_settings(cfg)
+    baseline = read_baseline(job)
+    supervision.refuse_impossible_size(cfg.ray, cfg.train)
+    if job.options.fresh:
+        remove_run(cfg.run_dir)
+        if baseline is not None:
+            shutil.rmtree(baseline.train_dir, ignore_errors=True)
+
+    write_atomically(cfg.run_dir / RUN_FILE, json.dumps(config.to_dict(cfg), indent=2))
+    with (
+        tracking.session(cfg) as tracker,
+        ray_cluster(
+            cfg.ray,
+            runs_dir=cfg.runs_dir,
+            include_dashboard=True,
+            keep_logs=cfg.run_dir / "serving" / "logs",
+        ) as cluster,
+    ):
+        looped = job.options.loop is not None
+        run_whole = partial(
+            run_chain,
+            tracker=tracker,
+            dashboard_url=cluster.dashboard_url,
+            append=job.options.append or looped,
+            force_first=job.options.force_first,
+            baseline=baseline,
+        )
+        if not looped:
+            return run_whole(cfg)
+
+        from serve_app.feedback import turn
+
+        url, visits = cluster.dashboard_url, job.options.loop
+        return turn.run_turn(cfg, tracker, url, visits, run_whole, job.options.promote_if)
 
 
 def check_options(job: cli.Job) -> None:

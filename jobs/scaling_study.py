@@ -39,7 +39,7 @@ def run_job(job: cli.Job) -> None:
     from pipeline.sequences import store
     from pipeline.study import opening, page, running
     from pipeline.study.figures import study_figures
-    from pipeline.train import supervision
+    from pipeline.train.one_at_a_time import only_training
 
     opening.check_study(points)
     own = plans.study_config(base)
@@ -51,7 +51,7 @@ def run_job(job: cli.Job) -> None:
 
     running.check_room(base.ray, base.train)
     manifest = store.read_manifest(own.sequence_dir)
-    with supervision.only_training(own.runs_dir, own.name):
+    with only_training(own.runs_dir, own.name):
         if job.options.restart:
             running.forget_study(own.run_dir)
         opening.open_study(base, plan)

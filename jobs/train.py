@@ -3,6 +3,7 @@ on where it was.
 """
 
 import argparse
+from pathlib import Path
 
 from jobs import cli
 from pipeline.config import UserError
@@ -20,6 +21,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(job: cli.Job) -> None:
+    from pipeline.train.one_at_a_time import only_training
+
+    with only_training(job.cfg.runs_dir, job.cfg.name):
+        folder = train_alone(job)
+    print(f"model={folder}")
+
+
+def train_alone(job: cli.Job) -> Path:
+    """Train while no other job does under this name; returns the model's folder."""
     from pipeline import tracking
     from pipeline.model.encoders import check_run
     from pipeline.sequences import store
@@ -31,23 +41,20 @@ def run_job(job: cli.Job) -> None:
     # mistakes are told before the MLflow run is touched
     supervision.refuse_impossible_size(cfg.ray, cfg.train)
     manifest = store.read_manifest(cfg.sequence_dir)
-    with supervision.only_training(cfg.runs_dir, cfg.name):
-        if not restart:
-            trainer.earlier_checkpoint(cfg)
+    if not restart:
+        trainer.earlier_checkpoint(cfg)
 
-        if job.options.no_tracking:
-            if cfg.train.init == "champion":
-                raise UserError("--no-tracking: train.init=champion asks the registry")
-            folder = trainer.fit_model(cfg, restart=restart)
-        else:
-            with tracking.session(cfg) as tracker:
-                champion = None
-                if cfg.train.init == "champion":
-                    champion, _ = tracker.download_champion()
-                with tracker.training_run(manifest, restart=restart) as run:
-                    folder = trainer.fit_model(cfg, run, restart=restart, champion=champion)
+    if job.options.no_tracking:
+        if cfg.train.init == "champion":
+            raise UserError("--no-tracking: train.init=champion asks the registry")
+        return trainer.fit_model(cfg, restart=restart)
 
-    print(f"model={folder}")
+    with tracking.session(cfg) as tracker:
+        champion = None
+        if cfg.train.init == "champion":
+            champion, _ = tracker.download_champion()
+        with tracker.training_run(manifest, restart=restart) as run:
+            return trainer.fit_model(cfg, run, restart=restart, champion=champion)
 
 
 def plan_job(job: cli.Job) -> dict[str, object]:

@@ -36,28 +36,36 @@ def run_job(job: cli.Job) -> None:
     space = spaces.read_space(job.options.space, base)
     trials = spaces.draw_trials(base, space)
 
+    from pipeline.train.one_at_a_time import only_training
+
+    own = spaces.search_config(base)
+    with only_training(own.runs_dir, own.name):
+        search_alone(job, space, trials)
+
+
+def search_alone(job: cli.Job, space: spaces.SearchSpace, trials: list[spaces.Trial]) -> None:
+    """Search while no other job does under this name."""
     from pipeline import tracking
     from pipeline.search import results, tuning
     from pipeline.search.tracked import TrialRuns
     from pipeline.sequences import store
-    from pipeline.train import supervision
 
+    base = job.cfg
     tuning.check_search(base, trials)
     resources = tuning.trial_resources(base.train, job.options.trials_per_gpu)
     own = spaces.search_config(base)
     manifest = store.read_manifest(own.sequence_dir)
-    with supervision.only_training(own.runs_dir, own.name):
-        if job.options.restart:
-            tuning.forget_search(own.run_dir)
-        tuning.open_search(base, space, trials)
+    if job.options.restart:
+        tuning.forget_search(own.run_dir)
+    tuning.open_search(base, space, trials)
 
-        if job.options.no_tracking:
-            found = tuning.run_search(base, space, trials, resources)
-        else:
-            with tracking.session(own) as tracker, tracker.training_run(manifest) as parent:
-                with TrialRuns(tracker, manifest, parent, trials) as runs:
-                    found = tuning.run_search(base, space, trials, resources, [runs])
-                tuning.log_search(parent, found, own.run_dir)
+    if job.options.no_tracking:
+        found = tuning.run_search(base, space, trials, resources)
+    else:
+        with tracking.session(own) as tracker, tracker.training_run(manifest) as parent:
+            with TrialRuns(tracker, manifest, parent, trials) as runs:
+                found = tuning.run_search(base, space, trials, resources, [runs])
+            tuning.log_search(parent, found, own.run_dir)
 
     print(results.results_table(found))
     print(f"page={own.run_dir / 'search.html'}")

@@ -15,7 +15,7 @@ from pipeline.evaluate import ablation
 from pipeline.model.work import count_work
 from pipeline.sequences import store
 from pipeline.tracking import session
-from pipeline.train import supervision
+from pipeline.train.one_at_a_time import only_training
 from tests.worlds.mixture import make_mixture
 from tests.worlds.model import make_batch, make_config, make_model
 from tests.worlds.tiny import publish_sequences, tiny_config
@@ -186,7 +186,7 @@ def test_a_second_ablation_of_a_run_does_not_remove_what_the_first_trains(tmp_pa
     publish_sequences(cfg)
     options = argparse.Namespace(only=["full_rows_0"], split="val")
     with (
-        supervision.only_training(cfg.runs_dir, "ablated ablation"),
+        only_training(cfg.runs_dir, "ablated ablation"),
         pytest.raises(UserError, match="is being trained by another job"),
     ):
         jobs.ablation.run_job(cli.Job(cfg, options))

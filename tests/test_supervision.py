@@ -1,5 +1,7 @@
 """The driver's side of a training: one job a name, room for the workers, and an end on request."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,14 +12,25 @@ from pipeline.config import ConfigError, RayConfig, TrainConfig, UserError
 from pipeline.train import supervision
 from pipeline.train.checkpoint import CheckpointFolder
 from pipeline.train.interruption import WishWatcher, ask_to_stop, forget_wishes
+from pipeline.train.one_at_a_time import only_training
 from pipeline.train.supervision import (
     missing_resources,
-    only_training,
     refuse_impossible_size,
     run_attempt,
 )
 from tests.worlds.tiny import tiny_config
 from tests.worlds.training import run, train_config
+
+# a job as `python -m jobs.NAME` runs it, and what it has loaded by its end
+LOADED_WHEN_REFUSED = """
+import runpy, sys
+name = sys.argv[1]
+sys.argv = [name, *sys.argv[2:]]
+try:
+    runpy.run_module(f"jobs.{name}", run_name="__main__", alter_sys=False)
+finally:
+    print("loaded:", [one for one in ("ray", "torch", "mlflow") if one in sys.modules])
+"""
 
 
 def test_a_second_training_of_a_name_is_refused_and_names_the_first(tmp_path: Path) -> None:
@@ -28,6 +41,26 @@ def test_a_second_training_of_a_name_is_refused_and_names_the_first(tmp_path: Pa
         raise AssertionError("two at once")
     with only_training(cfg.runs_dir, cfg.name), only_training(cfg.runs_dir, "other", timeout_s=0):
         assert not cfg.run_dir.exists(), "the lock is no part of the run, which --fresh removes"
+
+
+def test_a_second_job_is_refused_before_ray_and_torch_are_loaded(tmp_path: Path) -> None:
+    """Loading them takes most of a minute where another training has the processors."""
+    preset = "configs/smoke.yaml"
+    space = ["--space", "configs/spaces/demo.yaml"]
+    waiting = {}
+    with only_training(str(tmp_path), "smoke"), only_training(str(tmp_path), "smoke-tune"):
+        for job, options in (("train", []), ("tune", space), ("pipeline", [])):
+            argv = [job, "--config", preset, "--set", f"runs_dir={tmp_path}", *options]
+            waiting[job] = subprocess.Popen(
+                [sys.executable, "-c", LOADED_WHEN_REFUSED, *argv],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        for job, process in waiting.items():
+            loaded, said = process.communicate()
+            assert "is being trained by another job" in said, job
+            assert (loaded, process.returncode) == ("loaded: []\n", 2), job
 
 
 @pytest.mark.parametrize(

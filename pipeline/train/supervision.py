@@ -1,20 +1,15 @@
-"""The driver's side of a training while its workers run: one at a time by name, room for all of
-them, an end that loses nothing.
+"""The driver's side of a training while its workers run: room for all of them, an end that loses
+nothing.
 
     only_training → refuse_impossible_size → run_attempt: Ray Train's `fit` in a thread
 """
 
-import fcntl
 import logging
-import os
-import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import ray
 import torch
@@ -26,47 +21,9 @@ from pipeline.train.worker import STOPPED, raise_reason, worker_resources
 
 logger = logging.getLogger(__name__)
 
-LOCK_TIMEOUT_S = 5.0  # for one that is just about to end
 LOOK_EVERY_S = 0.2
 TELL_EVERY_S = 60.0
 FIT_ENDS_S = 15.0  # of Ray Train's controller, after its workers have returned
-
-
-@contextmanager
-def only_training(runs_dir: str, name: str, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
-    """Keep every other job away from the training of this name for the length of the block.
-
-    The lock is the kernel's: it goes with the process that holds it, however that ends.
-
-    Raises:
-        UserError: another job trains under this name; says which.
-    """
-    path = Path(runs_dir).absolute() / f".{name}.training"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as lock:
-        if not _locked(lock, timeout_s):
-            raise UserError(
-                f"run {name!r} is being trained by another job ({path.read_text().strip()}): "
-                "wait for it, end it, or choose another name"
-            )
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
-        lock.flush()
-        yield
-
-
-def _locked(lock: IO[str], timeout_s: float) -> bool:
-    """True once the exclusive lock on the file is ours; False where it is not within the time."""
-    until = time.monotonic() + timeout_s
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.1)
 
 
 def refuse_impossible_size(settings: RayConfig, train: TrainConfig) -> None:
