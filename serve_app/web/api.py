@@ -83,9 +83,8 @@ def make_api(
         max_wait_s: work that may lie before a request; HTTP 429 beyond it.
         timeout_s: from the first byte to the answer; HTTP 504 beyond it.
         body_timeout_s: until the body is there; HTTP 408 beyond it.
-        max_candidates, max_history: of a rank request that names them in JSON; HTTP 422 beyond it,
-            before the schema looks at each. None: the replica refuses alone.
-        max_rank_users, max_recommend_users: of one request; HTTP 422 beyond it.
+        max_candidates, max_history, max_rank_users, max_recommend_users: of one request; HTTP 422
+            beyond it. None is as the replica says.
         id_is_sent: as of `RequestLog`.
         hosts: names that a request may call this server by; None is all.
         served_log: where what is served is written; None is nowhere.
@@ -95,21 +94,12 @@ def make_api(
         server_id: name of the server, in every answer; a request for another one gets HTTP 421.
     """
     api = _new_app(replica, served_log, name)
-    api.state.max_rank_users = max_rank_users
-    api.state.max_recommend_users = max_recommend_users
-    api.state.part_limits = {
-        "/v1/rank": _rank_limits(max_candidates, max_history),
-        "/v1/rank/batch": [PartLimit("requests", max_rank_users, "users")],
-        "/v1/recommend/batch": [PartLimit("requests", max_recommend_users, "users")],
-    }
-
-    # a browser asks for the page before anybody can give it a key
-    open_paths = OPEN_PATHS if page is None else (*OPEN_PATHS, *page_routes.FILE_PATHS)
+    _set_limits(api, max_candidates, max_history, max_rank_users, max_recommend_users)
 
     # from the inside out: without a key no work is admitted and no body is waited for
     api.add_middleware(Admission, max_wait_s=max_wait_s)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
-    api.add_middleware(Protection, keys=keys, rate_limit=rate_limit, open_paths=open_paths)
+    api.add_middleware(Protection, keys=keys, rate_limit=rate_limit, open_paths=_open_paths(page))
     api.add_middleware(LocalHosts, hosts=hosts)
     api.add_middleware(Deadline, timeout_s=timeout_s)
     api.add_middleware(Draining, gate=api.state.gate)
@@ -144,14 +134,34 @@ def _new_app(replica: Replica, served_log: ServedLogSettings | None, name: str) 
     return api
 
 
-def _rank_limits(max_candidates: int | None, max_history: int | None) -> list[PartLimit]:
-    """The lists of a rank request, as the replica's own refusals name them."""
-    limits = []
+def _open_paths(page: PageSettings | None) -> tuple[str, ...]:
+    """Paths without a key: a browser asks for the page before anybody can give it one."""
+    return OPEN_PATHS if page is None else (*OPEN_PATHS, *page_routes.FILE_PATHS)
+
+
+def _set_limits(
+    api: FastAPI,
+    max_candidates: int | None,
+    max_history: int | None,
+    max_rank_users: int,
+    max_recommend_users: int,
+) -> None:
+    """How long a request's lists may be: for the routes, and for bodies that no schema read yet."""
+    api.state.max_rank_users = max_rank_users
+    api.state.max_recommend_users = max_recommend_users
+
+    # as the replica's own refusals name them
+    of_rank = []
     if max_candidates is not None:
-        limits.append(PartLimit("candidates", max_candidates, "candidates"))
+        of_rank.append(PartLimit("candidates", max_candidates, "candidates"))
     if max_history is not None:
-        limits.append(PartLimit("history", max_history, "rows"))
-    return limits
+        of_rank.append(PartLimit("history", max_history, "rows"))
+
+    api.state.part_limits = {
+        "/v1/rank": of_rank,
+        "/v1/rank/batch": [PartLimit("requests", max_rank_users, "users")],
+        "/v1/recommend/batch": [PartLimit("requests", max_recommend_users, "users")],
+    }
 
 
 def _add_routes(api: FastAPI, page: PageSettings | None, *, with_keys: bool) -> None:
