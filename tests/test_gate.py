@@ -18,7 +18,7 @@ from pipeline.files import folder_digests
 from pipeline.model.artifact import load_model, save_model
 from pipeline.sequences import store
 from pipeline.tracking import PinnedModel, fetch_model
-from pipeline.tracking.gate import judge_version
+from pipeline.tracking.gate import ScoredAnew, judge_version
 from pipeline.tracking.registry import require_fit
 from serve_app import deployment
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
@@ -94,8 +94,7 @@ def test_who_passes_without_having_learned_anything_is_warned_of(
         TASKS,
         version(2, BOTH),
         version(1, BOTH),
-        champion_ne={"is_click": 1.2, "is_like": 1.2},
-        challenger_ne={"is_click": 0.9, "is_like": 1.0},
+        anew=ScoredAnew({"is_click": 1.2, "is_like": 1.2}, {"is_click": 0.9, "is_like": 1.0}),
     )
     assert anew.promoted
     assert anew.warning.startswith("val/ne is_like 1.0000: not below 1")
@@ -168,17 +167,17 @@ def test_figures_of_other_rows_are_not_compared(changed: dict[str, str], said: s
     assert said in refused.reason
 
     anew = {"is_click": 0.95, "is_like": 0.95}
-    decision = judge_version(GATE, TASKS, challenger, champion, champion_ne=anew)
+    decision = judge_version(GATE, TASKS, challenger, champion, anew=ScoredAnew(anew))
     assert decision.promoted
     assert "-0.0500 against champion 1, scored anew on the challenger's rows" in decision.reason
     better = {"is_click": 0.8, "is_like": 0.9}
-    assert not judge_version(GATE, TASKS, challenger, champion, champion_ne=better).promoted
+    assert not judge_version(GATE, TASKS, challenger, champion, anew=ScoredAnew(better)).promoted
 
-    both = {"champion_ne": anew, "challenger_ne": {"is_click": 0.96, "is_like": 0.95}}
-    refused = judge_version(GATE, TASKS, challenger, champion, **both)
+    both = ScoredAnew(anew, {"is_click": 0.96, "is_like": 0.95})
+    refused = judge_version(GATE, TASKS, challenger, champion, anew=both)
     assert "+0.0050 against champion 1, both scored anew on the rows at hand" in refused.reason
-    both["challenger_ne"] = {"is_click": 0.9, "is_like": 1.01}
-    limit = judge_version(GATE, TASKS, challenger, champion, **both)
+    both = ScoredAnew(anew, {"is_click": 0.9, "is_like": 1.01})
+    limit = judge_version(GATE, TASKS, challenger, champion, anew=both)
     assert "val/ne/is_like 1.0100 is above the gate's 1" in limit.reason
 
 

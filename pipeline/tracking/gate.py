@@ -38,6 +38,14 @@ class Decision:
     warning: str = ""  # of a version that is promoted: which tasks it has learned nothing of
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredAnew:
+    """NE by task of two versions on the same rows, where their own figures are of others."""
+
+    champion: Mapping[str, float]
+    challenger: Mapping[str, float] | None = None  # None: the rows are the challenger's own
+
+
 class Version(Protocol):
     """A registered version, as far as the gate looks at it."""
 
@@ -53,8 +61,7 @@ def judge_version(
     challenger: Version,
     champion: Version | None,
     *,
-    champion_ne: Mapping[str, float] | None = None,
-    challenger_ne: Mapping[str, float] | None = None,
+    anew: ScoredAnew | None = None,
     force_first: bool = False,
 ) -> Decision:
     """Let a challenger pass whose validation NE is low enough, alone and beside the champion's.
@@ -64,11 +71,10 @@ def judge_version(
     the item's smoothed rate.
 
     Args:
-        champion_ne: the champion's NE by task on the challenger's rows, where its own figures are
-            of others.
-        challenger_ne: the challenger's, where both were scored on rows that are neither's.
+        anew: what to go by where the versions' own figures are of different rows.
         force_first: a first champion need not beat the item's rate.
     """
+    challenger_ne = None if anew is None else anew.challenger
     refusal = _refuse_alone(settings, tasks, challenger)
     if refusal is None and challenger_ne is not None:
         refusal = _above_limit(settings, challenger_ne)
@@ -78,9 +84,8 @@ def judge_version(
         return _judge_first(tasks, challenger, force_first)
 
     # of each version what it was scored at anew, else what its tags say
-    scored_anew = champion_ne is not None
     new = defined_ne(validation_ne(challenger) if challenger_ne is None else challenger_ne)
-    old = defined_ne(validation_ne(champion) if champion_ne is None else champion_ne)
+    old = defined_ne(validation_ne(champion) if anew is None else anew.champion)
 
     shared = [task for task in tasks if task in new and task in old]
     if not shared:
@@ -88,7 +93,7 @@ def judge_version(
         why = f"champion {champion.version} has no task to compare with"
         return Decision(first.promoted, f"{first.reason}; {why}", first.warning)
 
-    differences = "" if scored_anew else row_differences(challenger, champion)
+    differences = "" if anew is not None else row_differences(challenger, champion)
     if differences:
         return Decision(
             False,
@@ -99,7 +104,7 @@ def judge_version(
     # whose figures they are, and of which rows
     if challenger_ne is not None:
         origin = ", both scored anew on the rows at hand"
-    elif scored_anew:
+    elif anew is not None:
         origin = _in_place_of(challenger) + ", scored anew on the challenger's rows"
     else:
         origin = _in_place_of(challenger)

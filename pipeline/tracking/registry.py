@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from pipeline.tracking.gate import (
     REFIT,
     ROWS,
     Decision,
+    ScoredAnew,
     baseline_ne,
     judge_version,
     learned_until,
@@ -97,6 +98,22 @@ class RowsAtHand:
 
     tags: Mapping[str, str]  # as `gate.ROWS`: which rows these are
     score: Callable[[Path], Mapping[str, float]]  # model folder -> NE by task
+
+
+@dataclass(frozen=True, slots=True)
+class VersionScorer:
+    """Scores registered versions on the rows at hand."""
+
+    rows: RowsAtHand
+    cache: Path  # where the versions' files are kept
+
+    def score_version(self, version: "ModelVersion") -> Mapping[str, float]:
+        """NE by task.
+
+        Raises:
+            UserError: the version cannot be scored on these rows.
+        """
+        return self.rows.score(fetch_model(pinned_model(version), self.cache))
 
 
 def register_model(cfg: RunConfig, run: Run, model_dir: Path, *, same_as: int | None = None) -> int:
@@ -237,8 +254,7 @@ def promote_version(
     version: int | None = None,
     validated_by: int | None = None,
     *,
-    rows: RowsAtHand | None = None,
-    cache: Path | None = None,
+    scorer: VersionScorer | None = None,
     force_first: bool = False,
 ) -> Decision:
     """Move the alias `champion` to `version` (None: the newest) if its validation NE passes the
@@ -251,8 +267,8 @@ def promote_version(
         validated_by: for a version trained with `split.refit`, one of the same settings trained
             without it: its validation NE is judged, and stays with `version` for the challengers to
             come.
-        rows, cache: what the champion is scored on, and the challenger too where they are not its
-            own, if the figures of the two are of different rows; and where their files are kept.
+        scorer: scores the champion, and the challenger too where the rows at hand are not its
+            own, if the figures of the two are of different rows.
         force_first: a first champion need not beat the item's smoothed rate.
 
     Raises:
@@ -267,13 +283,13 @@ def promote_version(
 
         if validated_by is not None:
             challenger = _validated(client, challenger, _version(client, name, validated_by))
-        decision = _judged(settings, tasks, challenger, champion, rows, cache, force_first)
+        decision = _judged(settings, tasks, challenger, champion, scorer, force_first)
 
         # scoring takes minutes, in which somebody else may promote or roll back
         while decision.promoted and not _is_same(now := _champion(client, name), champion):
             logger.info("the champion has changed meanwhile: the gate looks once more")
             champion = now
-            decision = _judged(settings, tasks, challenger, champion, rows, cache, force_first)
+            decision = _judged(settings, tasks, challenger, champion, scorer, force_first)
 
         client.set_model_version_tag(name, challenger.version, "promotion", decision.reason)
         _show_warning(client, name, challenger.version, decision.warning)
@@ -310,16 +326,16 @@ def _judged(
     tasks: Sequence[str],
     challenger: "ModelVersion",
     champion: "ModelVersion | None",
-    rows: RowsAtHand | None,
-    cache: Path | None,
+    scorer: VersionScorer | None,
     force_first: bool,
 ) -> Decision:
     """The gate's decision. Where the figures of the two are of different rows, the champion is
     scored on the challenger's rows, or both on the rows at hand.
     """
-    champion_ne = challenger_ne = None
+    anew = None
     differences = "" if champion is None else row_differences(challenger, champion)
-    if champion is not None and differences and rows is not None and cache is not None:
+    if champion is not None and differences and scorer is not None:
+        rows = scorer.rows
         are_challengers = all(rows.tags[tag] == challenger.tags.get(tag) for tag in ROWS)
         if not are_challengers:
             refusal = _refuse_learned(challenger, rows)
@@ -327,7 +343,7 @@ def _judged(
                 return Decision(False, f"refused: {differences}; {refusal}")
 
         try:
-            champion_ne = rows.score(fetch_model(pinned_model(champion), cache))
+            anew = ScoredAnew(scorer.score_version(champion))
         except UserError as error:
             whose = f"champion {champion.version}, trained as {_trained_as(champion)}"
             return Decision(
@@ -336,15 +352,14 @@ def _judged(
                 f"{challenger.version}: {error}",
             )
         if not are_challengers:
-            challenger_ne = rows.score(fetch_model(pinned_model(challenger), cache))
+            anew = replace(anew, challenger=scorer.score_version(challenger))
 
     return judge_version(
         settings,
         tasks,
         challenger,
         champion,
-        champion_ne=champion_ne,
-        challenger_ne=challenger_ne,
+        anew=anew,
         force_first=force_first,
     )
 

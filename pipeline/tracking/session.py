@@ -153,14 +153,14 @@ class Tracker:
         champion pass that does not beat the item's smoothed rate.
         """
         cfg = self.cfg
+        scorer = None if rows is None else registry.VersionScorer(rows, self._cache)
         return registry.promote_version(
             cfg.tracking,
             cfg.model_name,
             cfg.tasks,
             version,
             validated_by,
-            rows=rows,
-            cache=self._cache,
+            scorer=scorer,
             force_first=force_first,
         )
 
