@@ -111,6 +111,10 @@ def test_refused_combinations_and_repeats_are_drawn_anew(tmp_path: Path) -> None
         ({"model.dropout": {"normal": [0, 1]}}, "must be one of choices, uniform, loguniform"),
         ({"model.dropout": {"choices": []}}, "must be a list that is not empty, got []"),
         ({"model.dropout": 0.5}, "space.model.dropout must be one of"),
+        (
+            {"features.item.tags.dim": {"choices": [4, 8]}},
+            "space.features.item.tags.dim: the preset has no features.item.tags, so that",
+        ),
         ({"split.t_val": {"choices": [1]}}, "only settings of model, features, retrieval, train"),
         ({"train.num_workers": {"choices": [1, 2]}}, "is the same for all trials"),
     ],

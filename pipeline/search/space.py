@@ -154,7 +154,28 @@ def read_draw(key: str, raw: Any, base: RunConfig) -> Draw:
         except ConfigError as error:
             raise ConfigError(f"{where}: {value!r} is refused: {error}") from None
         taken.append(find_setting(config.to_dict(cfg), key))
+
+    absent = _absent_section(config.to_dict(base), key)
+    if absent is not None:
+        raise ConfigError(
+            f"space.{key}: the preset has no {absent}, so that its trial would lack it"
+        )
     return Draw(kind, tuple(taken))
+
+
+def _absent_section(settings: Mapping[str, Any], key: str) -> str | None:
+    """The first section of a dotted setting that a mapping lacks, such as a column's; None for
+    none. One that is null is there.
+    """
+    node, path = settings, ""
+    for part in key.split(".")[:-1]:
+        path = f"{path}.{part}".lstrip(".")
+        if part not in node:
+            return path
+        if not isinstance(node[part], dict):
+            return None
+        node = node[part]
+    return None
 
 
 def _read_ends(where: str, kind: str, values: list[Any]) -> list[float]:
