@@ -165,7 +165,8 @@ def test_a_late_outcome_reaches_the_next_export_and_the_build(
 
     names = {name: name for name in tiny.source.events.log_schema().names}
     rules = LogRules(names, tiny.source.events, 0, 2**60, 1)
-    blocks = [normalise(pq.read_table(file), rules) for file in live_log_dir(run_dir).glob("*")]
+    files = live_log_dir(run_dir).glob("*.parquet")
+    blocks = [normalise(pq.read_table(file), rules) for file in files]
     rows = pa.concat_tables(blocks)
     (user,) = build_bucket(rows, rules, 100, RepeatRule()).sequences.to_pylist()
     assert user["item_id"] == [2, 3]
