@@ -136,7 +136,7 @@ class ServedLog:
         """Add the rows of an answer to those of the same columns; returns how many there are."""
         try:
             rows = one.rows(self.settings.places)
-        except Exception:
+        except Exception:  # whatever is wrong with one answer: the thread keeps the others
             logger.exception("an answer is not in the served log")
             self.metrics.served.labels("dropped").inc()
             return 0
