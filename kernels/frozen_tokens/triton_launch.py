@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.frozen_tokens import triton_kernels
+from kernels.frozen_tokens import MOST_INPUTS, triton_kernels
 from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.layer_norm.triton_launch import Rows
 from kernels.linear.triton_launch import by_descriptor, is_hopper, matrix_descriptor
@@ -13,8 +13,6 @@ from kernels.position_time.types import Anchor
 
 TILE = 2048  # numbers that a program of a row kernel holds: 16 a thread
 FOUND = 256  # tokens whose rows a program finds
-# Inputs of `linear_swish`: a single step of the product.
-MOST_INPUTS = 256
 
 
 @dataclass(frozen=True, slots=True)

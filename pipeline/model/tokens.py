@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.backend import Backend, choose_backend
+from kernels.frozen_tokens import MOST_INPUTS
 from kernels.jagged.op import concatenate_sequences, sequence_index
 from kernels.layer_norm.op import layer_norm, swish_layer_norm
 from kernels.position_time.op import add_position_time
@@ -60,9 +61,6 @@ class Tokens:
 # Of a frozen model whose table of the actions' states is kept: nine actions' are 20 MB of 512
 # columns in bfloat16.
 MOST_KEPT_STATES = 3**9
-
-# Of the content's first linear map: more are too many for a kernel that makes its outputs twice.
-MOST_FUSED_INPUTS = 256
 
 # a table's name, as in `train.tables`, its rows and its width
 MakeTable = Callable[[str, int, int], nn.Module]
@@ -191,7 +189,7 @@ class ContentEncoder(nn.Module):
         codes = torch.cat([item_codes, request_codes], dim=1).split(self.sizes, dim=1)
         tables = [self.item_id, *self.item, *self.request]
         dtype, width = unrecorded_dtype(item_codes, self.backend), first.in_features
-        if dtype is None or width % 8 or width > MOST_FUSED_INPUTS:
+        if dtype is None or width % 8 or width > MOST_INPUTS:
             rows = map(mean_rows, tables, codes)
             return second(gate(first(torch.cat(list(rows), dim=1))))
 
