@@ -510,6 +510,10 @@ class ModelInfo(BaseModel):
     model_version: int
     tasks: list[str]
     request_features: list[str]
+    text_features: list[str] = Field(
+        default_factory=list,
+        description="of request_features, those that are text; the others are integers",
+    )
     actions: list[str]
     features: list[FeatureInfo] = Field(
         default_factory=list, description="all that the model reads"

@@ -1,4 +1,6 @@
-"""A world of text ids, from its logs to what clients, files and jobs are told."""
+"""A world of text ids, from its logs to what clients, files and jobs are told; and one whose
+request column is text, up to the page.
+"""
 
 import json
 import shutil
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from playwright.sync_api import expect
 
 from jobs.forget_user import read_users
 from pipeline.batches.features import fit_features
@@ -18,6 +21,7 @@ from pipeline.config import ExposureConfig, RunConfig, UserError
 from pipeline.evaluate.comparison import item_rate_logits, metric_of, read_scores
 from pipeline.evaluate.evaluator import evaluate_model
 from pipeline.index.folder import load_index
+from pipeline.logs.columns import text_code
 from pipeline.logs.ids import id_code
 from pipeline.model.artifact import load_model
 from pipeline.sequences import build, store
@@ -39,11 +43,14 @@ from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CHAMPION, Rollout
 from serve_app.schemas import Event, RankRequest
 from serve_app.web.api import make_api
+from serve_app.web.page.routes import PageSettings
+from tests.support.browser import Visit, listening, running_browser
 from tests.worlds.recommender import LIMITS, Served
 from tests.worlds.tiny import DAY_MS, index_model, save_tiny_model, tiny_config
 from tests.worlds.web import call
 
 NUM_USERS, NUM_ITEMS, ROWS = 20, 30, 400
+TABS = ("home", "search", "für dich")
 
 
 def user_name(number: int) -> str:
@@ -68,8 +75,10 @@ def in_this_process() -> Iterator[None]:
         yield
 
 
-def publish_world(folder: Path, *, text: bool) -> RunConfig:
-    """The same events with ids that are text, or the numbers that they are made of."""
+def publish_world(folder: Path, *, text: bool, text_tab: bool = False) -> RunConfig:
+    """The same events with ids that are text, or the numbers that they are made of; the same of the
+    request column.
+    """
     source = {
         "kind": "parquet",
         "path": str(folder / "logs"),
@@ -77,6 +86,8 @@ def publish_world(folder: Path, *, text: bool) -> RunConfig:
         "request_columns": ["tab"],
         "users": {"path": str(folder / "users.parquet"), "id_column": "name"},
     }
+    if text_tab:
+        source["columns"] = {"tab": {"column": "tab", "text": True}}
     retrieval = {"enabled": True, "dim": 4}
     cfg = tiny_config(
         folder / "runs",
@@ -99,6 +110,8 @@ def publish_world(folder: Path, *, text: bool) -> RunConfig:
         "is_like": rng.integers(2, size=ROWS),
         "tab": rng.integers(3, size=ROWS),
     }
+    if text_tab:
+        columns["tab"] = [TABS[tab] for tab in columns["tab"]]
     (folder / "logs").mkdir(parents=True)
     pq.write_table(pa.table(columns), folder / "logs" / "0.parquet")
     cities = {"name": names["user_id"], "city": [f"city {i % 3}" for i in users]}
@@ -262,7 +275,45 @@ def test_recommended_items_have_their_names(world: TextServed, api) -> None:
 
 
 def test_what_a_server_has_is_said(api) -> None:
-    assert call(api, "GET", "/v1/model").json()["text_ids"] == ["user_id", "item_id"]
+    info = call(api, "GET", "/v1/model").json()
+    assert info["text_ids"] == ["user_id", "item_id"]
+    assert (info["request_features"], info["text_features"]) == (["tab"], [])
+
+
+def test_the_page_shows_and_sends_the_text_of_a_request_column(tmp_path: Path) -> None:
+    """Of the logs it has codes alone, which it sends and does not show."""
+    world = TextServed(publish_world(tmp_path, text=True, text_tab=True), tmp_path)
+    api = make_api(world, 100_000, page=PageSettings(), max_wait_s=60, timeout_s=60)
+    assert call(api, "GET", "/v1/model").json()["text_features"] == ["tab"]
+    codes = {text_code(tab) for tab in TABS}
+
+    with listening(api) as url, running_browser() as browser:
+        here = Visit(browser)
+        here.page.goto(url)
+        news, box = here.page.locator("#news"), here.page.locator("[data-feature=tab]")
+        expect(news).to_contain_text("items ranked in")
+        expect(box).to_have_attribute("type", "text")
+        expect(box).to_have_attribute("placeholder", "as then")
+        expect(box).to_have_value("")
+        assert here.posted("/v1/rank")[-1]["request_features"]["tab"] in codes
+
+        # what is typed goes along, also with the event, and is shown again with it
+        box.fill("für dich")
+        box.press("Enter")
+        expect(news).to_contain_text("Now:")
+        assert here.posted("/v1/rank")[-1]["request_features"] == {"tab": "für dich"}
+        here.page.locator(".items > li").first.get_by_role("button", name="click").click()
+        expect(news).to_contain_text("Event kept in")
+        (event,) = here.posted("/v1/events")[-1]["events"]
+        assert event["request_features"] == {"tab": "für dich"}
+        expect(box).to_have_value("für dich")
+
+        # an empty box sends nothing
+        box.fill("")
+        box.press("Enter")
+        expect(news).to_contain_text("Now:")
+        assert here.posted("/v1/rank")[-1]["request_features"] == {}
+        here.close()
 
 
 # Jobs ------------------------------------------------------------------------

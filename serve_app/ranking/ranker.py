@@ -162,11 +162,13 @@ class Ranker:
 
     def model_info(self) -> ModelInfo:
         """The version and the names that its requests may use."""
+        texts = self.cfg.source.events.text_request
         return ModelInfo(
             model_name=self.name,
             model_version=self.version,
             tasks=list(self.cfg.tasks),
             request_features=list(self.request_columns),
+            text_features=[name for name in self.request_columns if name in texts],
             actions=list(self.cfg.source.actions),
             features=self.features,
             text_ids=list(self.store.columns.text_ids),

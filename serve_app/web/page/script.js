@@ -14,6 +14,8 @@ import { findMoments, showTimeline } from "./timeline.js";
 const HEALTH_MS = 10_000;
 const SETTLE_MS = 150; // a slider that moves is asked for when it rests
 const MINUTE_MS = 60_000;
+const ANY = "any"; // in the box of a request column that is not sent
+const AS_THEN = "as then"; // in that of a text of which only the code is known: the code is sent
 
 // To begin with ---------------------------------------------------------------
 
@@ -93,20 +95,21 @@ function fillControls() {
   byId("examples").replaceChildren(...examples);
 
   byId("order").replaceChildren(...model.tasks.map((task) => make("option", { value: task }, spoken(task))));
-  const inputs = model.request_features.map((name) =>
-    make(
-      "label",
-      {},
-      `${spoken(name)} `,
-      make("input", { type: "number", min: "0", size: "4", "data-feature": name, placeholder: "any", onchange: () => guarded(replay) }),
-    ),
-  );
+  const inputs = model.request_features.map((name) => make("label", {}, `${spoken(name)} `, featureInput(name)));
   byId("features").replaceChildren("sent along:", ...inputs);
   byId("features").hidden = inputs.length === 0;
 
   byId("items").value = state.candidates.join(" ");
   byId("rows").placeholder = [12, 7].map((item, i) => `${item}${i === 0 ? ` ${state.acts[0].label}` : ""}`).join("\n");
   byId("tab-recommend").hidden = model.index === null;
+}
+
+/* The box of a request column: for its text where the logs have text, for a number elsewhere. */
+function featureInput(name) {
+  const kind = state.model.text_features.includes(name)
+    ? { type: "text", size: "10", spellcheck: "false", oninput: (event) => forgetCode(event.target) }
+    : { type: "number", min: "0", size: "4" };
+  return make("input", { ...kind, "data-feature": name, placeholder: ANY, onchange: () => guarded(replay) });
 }
 
 // Whose list ------------------------------------------------------------------
@@ -213,8 +216,40 @@ function fillMoment() {
 
   const next = isPresent() ? state.rows.at(-1) : state.rows[future()];
   for (const input of document.querySelectorAll("[data-feature]")) {
-    input.value = next?.request_features[input.dataset.feature] ?? "";
+    fillFeature(input, next?.request_features[input.dataset.feature]);
   }
+}
+
+/* What a row has of a request column; undefined for nothing. */
+function fillFeature(input, value) {
+  forgetCode(input);
+  if (value === undefined || input.type === "number") {
+    input.value = value ?? "";
+    return;
+  }
+  input.value = knownTexts(input.dataset.feature).get(value) ?? "";
+  if (input.value === "") {
+    input.dataset.code = value;
+    input.placeholder = AS_THEN;
+  }
+}
+
+function forgetCode(input) {
+  delete input.dataset.code;
+  input.placeholder = ANY;
+}
+
+/* code -> text, of what was posted here: the server keeps codes alone. */
+function knownTexts(name) {
+  const found = new Map();
+  for (const row of state.rows) {
+    const event = state.posted.get(row.item_id);
+    const text = event?.request_features[name];
+    if (typeof text === "string" && event.event_time === row.event_time) {
+      found.set(row.request_features[name], text);
+    }
+  }
+  return found;
 }
 
 function sayMoment() {
@@ -249,8 +284,10 @@ function requestBody(role) {
 function features() {
   const found = {};
   for (const input of document.querySelectorAll("[data-feature]")) {
-    if (input.value !== "") {
-      found[input.dataset.feature] = Number(input.value);
+    const isText = input.type === "text" && input.value !== "";
+    const value = isText ? input.value : input.dataset.code ?? input.value;
+    if (value !== "") {
+      found[input.dataset.feature] = isText ? value : Number(value);
     }
   }
   return found;
