@@ -2,18 +2,22 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo loop test test-nodes lint types docs docs-reference serve mlflow-ui mlflow-import bench-serve bench-anchor bench-build clean
+.PHONY: help demo loop test test-alone test-cluster test-nodes lint types docs docs-reference serve mlflow-ui mlflow-import bench-serve bench-anchor bench-build clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 DOCS_READY := $(VENV)/.docs-ready
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# A module is compiled when it is first imported: most of those installed never are.
+INSTALL := pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+PYTEST := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ALONE := not gpu and not cluster and not nodes
 CLUSTER := cluster and not gpu and not nodes
-# Only what failed, and an error where a run ended before it could say what did.
+# Only what failed, and an error where a run ended before it could say what did. The halves of the
+# tests run side by side: each notes its own.
 AGAIN := --last-failed --last-failed-no-failures none
+NOTES := -o cache_dir=.pytest_cache/cluster
 CONFIG ?= configs/demo.yaml
 PORT ?= 5000
 SERVE_PORT ?= 8000
@@ -36,8 +40,14 @@ loop: $(READY)  ## after the demo: what is served and clicked becomes the next c
 	$(BIN)/python -m jobs.pipeline --config $(CONFIG) --loop
 
 test: $(READY)  ## every test that needs no GPU, but for those that lose nodes; what fails is run once more
-	$(PYTEST) -m "$(ALONE)" -n logical --dist loadfile || $(PYTEST) -m "$(ALONE)" $(AGAIN)
-	$(PYTEST) -m "$(CLUSTER)" || $(PYTEST) -m "$(CLUSTER)" $(AGAIN)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-cluster test-alone
+
+test-alone: $(READY)  ## those of them that start neither Ray nor MLflow
+	nice $(PYTEST) -m "$(ALONE)" -n logical --dist loadfile || $(PYTEST) -m "$(ALONE)" $(AGAIN)
+
+# These wait for processes more than they compute, and have the processors first.
+test-cluster: $(READY)  ## those that start Ray, MLflow or both
+	$(PYTEST) -m "$(CLUSTER)" $(NOTES) || $(PYTEST) -m "$(CLUSTER)" $(NOTES) $(AGAIN)
 
 test-nodes: $(READY)  ## a machine is lost in the middle of a build and of training: minutes, several Ray nodes
 	$(PYTEST) -m nodes
@@ -82,15 +92,15 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No usable python3.11 or python3.12 with venv and ensurepip was found (Debian: python3.11-venv)." >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) -V): a few minutes and about 3 GB, once."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m $(INSTALL) -e ".[dev]"
 	@touch $@
 
 $(BENCH_READY): $(READY)
 	@echo "Adding the benchmarks' packages to $(VENV)."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	@$(BIN)/python -m $(INSTALL) -e ".[dev,bench]"
 	@touch $@
 
 $(DOCS_READY): $(READY)
 	@echo "Adding the packages of the documents' site to $(VENV)."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
+	@$(BIN)/python -m $(INSTALL) -e ".[dev,docs]"
 	@touch $@

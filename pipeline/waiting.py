@@ -5,11 +5,15 @@ says what is waited for, so that nobody takes patience for a hang.
 """
 
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
+
+import httpx
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,16 @@ def wait_until(
                 raise TimeoutError(f"{what}: not within {limit_s:.0f} s")
             time.sleep(pause_s)
     return found
+
+
+@cache
+def certificates() -> ssl.SSLContext:
+    """What httpx trusts, read once.
+
+    `httpx.get` reads it anew, also for http: tens of milliseconds of a processor that what is
+    waited for could use.
+    """
+    return httpx.create_ssl_context()
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from pipeline.index.folder import load_indexed
 from pipeline.model.artifact import LoadedModel
 from pipeline.sequences import store
 from pipeline.tracking import PinnedModel, fetch_model, find_version
-from pipeline.waiting import wait_until
+from pipeline.waiting import certificates, wait_until
 from serve_app.page.catalogue import check_columns
 from serve_app.web.protection import read_keys
 from serve_app.web.tracing import make_tracer
@@ -526,7 +526,7 @@ def _require_no_failure(client: Any) -> None:
 def _ready(url: str) -> dict[str, Any] | None:
     """Which updates answer: open to everybody, so that this job needs no API key."""
     try:
-        answer = httpx.get(f"{url}/readyz", timeout=5)
+        answer = httpx.get(f"{url}/readyz", timeout=5, verify=certificates())
     except httpx.TransportError:  # not listening yet
         return None
     return answer.json() if answer.status_code == 200 else None

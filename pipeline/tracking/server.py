@@ -29,7 +29,7 @@ from pipeline import lifeline
 from pipeline.cluster import free_port
 from pipeline.config import Outage, TrackingConfig, UserError
 from pipeline.files import write_atomically
-from pipeline.waiting import progress_lines, wait_until
+from pipeline.waiting import certificates, progress_lines, wait_until
 
 if typing.TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -308,9 +308,9 @@ def _healthy(uri: str, limit_s: float = 5) -> bool:
     """True if a server answers at `uri`; one that is there but slow is given `limit_s` seconds."""
     try:
         with progress_lines(f"an answer from {uri}", limit_s):
-            answer = httpx.get(
-                f"{uri.rstrip('/')}/health", timeout=httpx.Timeout(limit_s, connect=5)
-            )
+            limits = httpx.Timeout(limit_s, connect=5)
+            address = f"{uri.rstrip('/')}/health"
+            answer = httpx.get(address, timeout=limits, verify=certificates())
     except (httpx.HTTPError, httpx.InvalidURL):
         return False
     return answer.status_code == 200
