@@ -2,6 +2,8 @@
 
 import json
 import math
+import multiprocessing
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -517,3 +519,17 @@ def test_points_of_other_rows_are_not_compared(
     monkeypatch.setattr("pipeline.study.measured.read_users", other_users)
     with pytest.raises(UserError, match="were scored on other rows"):
         study_figures(base, plan, {})
+
+
+def test_processes_take_the_visible_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = multiprocessing.get_context("spawn").Value("i", 0)
+    taken = []
+    for _ in range(3):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+        study_points.take_gpu(started, 2)
+        taken.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert taken == ["2", "5", "2"]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    study_points.take_gpu(started, 2)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1", "the fourth process of GPUs 0 and 1"

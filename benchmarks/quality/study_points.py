@@ -12,13 +12,15 @@ Plan, points and their files are those of `jobs.scaling_study`, which after `--u
 page (`--no-tracking`) and goes on with points that are missing. `--count-only` ends before the
 first training: another machine goes on from `runs/` as it is then. `--only` runs the points that a
 pattern matches, 'drifting-study-*-d640-*'. Several studies share the processes. A study's largest
-size waits until those of its seed that it is predicted from have ended.
+size waits until those of its seed that it is predicted from have ended. With `--gpus 2` every
+second process has the second GPU.
 """
 
 import argparse
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import sys
 import time
@@ -27,6 +29,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +130,9 @@ def count_points(studies: Sequence[OpenStudy], processes: int) -> None:
         _count_all(studies, pool)
 
 
-def run_all(studies: Sequence[OpenStudy], processes: int, out: Path, budget_s: float) -> None:
+def run_all(
+    studies: Sequence[OpenStudy], processes: int, out: Path, budget_s: float, gpus: int = 1
+) -> None:
     """Run what is left of the studies; after `budget_s` no other point begins.
 
     Seed by seed, and of a seed study by study. Of a study first what its largest size is predicted
@@ -135,7 +140,8 @@ def run_all(studies: Sequence[OpenStudy], processes: int, out: Path, budget_s: f
     """
     began = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+    started = spawn.Value("i", 0)
+    with ProcessPoolExecutor(processes, spawn, take_gpu, (started, gpus)) as pool:
         _count_all(studies, pool)
         order = _in_order(studies)
         running: dict[Future[str], tuple[OpenStudy, Point]] = {}
@@ -158,6 +164,17 @@ def run_all(studies: Sequence[OpenStudy], processes: int, out: Path, budget_s: f
     left = sum(len(study.waiting) for study in studies)
     failed = sum(study.failed for study in studies)
     print(f"{left} points did not begin, {failed} failed", flush=True)
+
+
+def take_gpu(started: "Synchronized[int]", gpus: int) -> None:
+    """Leave this process one of the GPUs that are visible, in turn, before it has used any."""
+    if gpus == 1:
+        return
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % gpus]
 
 
 def _in_order(studies: Sequence[OpenStudy]) -> list[tuple[OpenStudy, Point]]:
@@ -320,6 +337,7 @@ def main() -> None:
         "--only", nargs="+", default=["*"], metavar="PATTERN", help="folders of the points to run"
     )
     parser.add_argument("--processes", type=int, default=1, help="points at a time")
+    parser.add_argument("--gpus", type=int, default=1, help="that the processes share")
     parser.add_argument("--budget-s", type=float, default=1e9, help="then no other point begins")
     parser.add_argument("--out", type=Path, default=Path("points.jsonl"), help="JSON Lines")
     parser.add_argument("--count-only", action="store_true", help="train nothing")
@@ -335,7 +353,7 @@ def main() -> None:
     elif options.count_only:
         count_points(studies, options.processes)
     else:
-        run_all(studies, options.processes, options.out, options.budget_s)
+        run_all(studies, options.processes, options.out, options.budget_s, options.gpus)
 
 
 if __name__ == "__main__":
