@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from benchmarks.quality import study_points
-from benchmarks.quality.study_report import join_earlier
+from benchmarks.quality.study_report import front_at, join_earlier, one_seed_words
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate.metrics import normalised_entropy
@@ -533,3 +533,24 @@ def test_processes_take_the_visible_gpus_in_turn(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     study_points.take_gpu(started, 2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1", "the fourth process of GPUs 0 and 1"
+
+
+def front_point(encoder: str, length: int, gflop: float, auc: float, seeds: int) -> dict[str, Any]:
+    place = {"encoder": encoder, "size": "d8", "length": length, "data_share": 1.0}
+    return place | {"infer_gflop": gflop, "auc": auc, "seeds": seeds}
+
+
+def test_results_say_which_points_no_other_of_their_length_beats_and_which_have_one_seed() -> None:
+    points = [
+        front_point("dear", 64, 3.0, 0.8, 3),
+        front_point("cheap", 64, 1.0, 0.7, 1),
+        front_point("beaten", 64, 2.0, 0.6, 3),
+        front_point("long", 256, 9.0, 0.7, 3),
+    ]
+    assert front_at({"points": points}, 64) == ["cheap d8", "dear d8"]
+    assert front_at({"points": points}, 256) == ["long d8"], "worse and dearer, but the only one"
+    assert front_at({"points": points}, 1024) == []
+
+    assert one_seed_words({"points": points}).endswith("alone: cheap d8 at 64.")
+    assert one_seed_words({"points": points[1:2]}).endswith("alone: all points.")
+    assert one_seed_words({"points": points[2:]}) == ""

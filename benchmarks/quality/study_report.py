@@ -102,7 +102,10 @@ def _study_part(study: Figures) -> str:
         )
     if figures["reachable"] is not None:
         text.append(_reachable_words(figures["reachable"]))
-    text += [_point_table(figures), _slope_table(figures)]
+    text += [_point_table(figures), _front_words(figures)]
+    if few := one_seed_words(figures):
+        text.append(few)
+    text.append(_slope_table(figures))
     if figures["predictions"]:
         text.append(_prediction_table(figures))
     return "\n\n".join(text)
@@ -139,6 +142,47 @@ def _point_table(figures: Figures) -> str:
         )
     head = ["", "length", "seeds", "NE", "AUC", "of the reachable"]
     return table([*head, "MFLOP an item, training / inference"], rows)
+
+
+def _front_words(figures: Figures) -> str:
+    """By length, the points that no other of the same length beats, the cheapest first."""
+    parts = []
+    for length in figures["lengths"]:
+        parts.append(f"{length} rows: {', '.join(front_at(figures, length))}")
+    return f"Beaten in AUC and inference FLOP by no point of their own length: {'; '.join(parts)}."
+
+
+def front_at(figures: Figures, length: int) -> list[str]:
+    """Encoder and size of these points, the cheapest first."""
+    found = []
+    for point in figures["points"]:
+        if point["length"] == length and point["data_share"] == 1.0:
+            found.append(point)
+    if not found:
+        return []
+
+    costs = np.array([point["infer_gflop"] for point in found])
+    aucs = np.array([point["auc"] for point in found])
+    chosen = np.flatnonzero(pareto_front(costs, aucs))
+    in_order = chosen[np.argsort(costs[chosen], kind="stable")]
+    return [f"{found[number]['encoder']} {found[number]['size']}" for number in in_order]
+
+
+def one_seed_words(figures: Figures) -> str:
+    """Which points have one seed, whose intervals say nothing of what another would change; ""
+    where all have more.
+    """
+    alone = []
+    for point in figures["points"]:
+        if point["seeds"] == 1:
+            alone.append(f"{point['encoder']} {point['size']} at {point['length']}")
+    if not alone:
+        return ""
+    which = "all points" if len(alone) == len(figures["points"]) else ", ".join(alone)
+    return (
+        f"One seed, so that the intervals, and those of slopes and laws through them, are of users "
+        f"alone: {which}."
+    )
 
 
 def _slope_table(figures: Figures) -> str:
