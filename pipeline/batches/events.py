@@ -10,10 +10,13 @@ NO_GAP = -1  # gap_ms where there is no earlier row or the time between is not r
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Rows of B sequences as flat NumPy columns, oldest first; sequence b is `offsets[b]:offsets[b
-    + 1]`.
+    """Rows of B sequences as flat NumPy columns, oldest first.
 
     A request column or an outcome that is not known has its `schema.Column.unknown`.
+
+        sequences   [a b c] [] [d e]
+        rows         a b c      d e      N = 5
+        offsets     0     3  3     5     sequence b is the rows offsets[b]:offsets[b + 1]
     """
 
     offsets: np.ndarray  # int64 [B + 1]
@@ -39,17 +42,21 @@ class Events:
         rows      0 1 2 3 4 5     begin = 4 1 2     end = 6 1 4
         taken     4 5 | | 2 3     offsets = 0 2 2 4
         """
-        return self._pick(*ranges(begin, end))
+        index, offsets = ranges(begin, end)
+        return self._pick(index, offsets)
 
     def keep(self, kept: np.ndarray) -> "Events":
         """The rows where `kept`, bool [N], each in the sequence it was in.
 
         rows      0 1 2 | 3 4 5     kept = 1 0 1 0 0 1
+        before    0 1 1   2 2 2 3   kept rows before each row, and all of them
         left      0 2 | 5           offsets = 0 2 3
         """
-        return self._pick(np.flatnonzero(kept), offsets_of(kept)[self.offsets])
+        num_before = offsets_of(kept)
+        return self._pick(np.flatnonzero(kept), num_before[self.offsets])
 
     def _pick(self, index: np.ndarray, offsets: np.ndarray) -> "Events":
+        """The rows `index`, as sequences with these bounds."""
         columns = {name: getattr(self, name)[index] for name in PLAIN}
         return Events(
             offsets=offsets,
@@ -143,8 +150,11 @@ def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     lengths = end - begin
     offsets = offsets_of(lengths)
+
+    # a range begins at its offset, and should at `begin`
     shift = np.repeat(begin - offsets[:-1], lengths)
-    return np.arange(offsets[-1]) + shift, offsets
+    integers = np.arange(offsets[-1]) + shift
+    return integers, offsets
 
 
 def row_gaps(
@@ -178,12 +188,21 @@ def request_gaps(
     request_time: np.ndarray,
     end_is_real: bool,
 ) -> np.ndarray:
-    """ms from the last visible event to the request, int64 [n].
+    """ms from the last visible event to the request, int64 [n], NO_GAP where that is not a real
+    time.
 
     That event is row `last`; none if `last < first`.
+
+        event_time     10  20  50      order_only: the first two
+        first, last    0 2    0 1    0 -1      request_time = 60 each
+        end_is_real     10     40     -1
+        otherwise       10     -1     -1
     """
     if len(history.event_time) == 0:
         return np.full(len(last), NO_GAP, np.int64)
-    row = np.maximum(last, 0)
-    real = (last >= first) & (end_is_real | ~history.order_only[row])
-    return np.where(real, request_time - history.event_time[row], NO_GAP)
+
+    row = np.maximum(last, 0)  # of a request without events any row will do
+    has_events = last >= first
+    has_time = end_is_real | ~history.order_only[row]
+    gap = request_time - history.event_time[row]
+    return np.where(has_events & has_time, gap, NO_GAP)

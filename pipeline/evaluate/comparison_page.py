@@ -34,6 +34,7 @@ ITEM_RATE = "smoothed rate"  # the model that knows the item alone
 NOT_COMPARED = ("name", "runs_dir", "serve", "drift", "ray", "tracking", "checks", "index")
 CURVES = {"train/loss": "training loss", "val_sample/ne": "validation NE while training"}
 COSTS = {"train_seconds": "seconds of training", "mflop_per_example": "10⁶ FLOP an example"}
+FEW_POINTS = 30  # of a curve: each is marked
 
 # a cost, the metric of each line that it is the mean of, and their ratio
 LOGGED_COSTS = (
@@ -91,6 +92,7 @@ def compare_runs(
     """
     folders = {name: Path(runs_dir).absolute() / name for name in runs}
     facts = {name: read_facts(name, folder) for name, folder in folders.items()}
+
     rows = read_scores(folders, split)
     if item_rate is not None:
         rows.logits[ITEM_RATE] = item_rate(rows)
@@ -147,21 +149,44 @@ def read_facts(name: str, folder: Path) -> RunFacts:
     metrics = folder / "train" / "metrics.jsonl"
     if metrics.exists():
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return RunFacts(
+        name=name,
+        settings=settings,
+        costs=_find_costs(extra, lines),
+        curves=_find_curves(lines),
+        mlflow_run_id=extra.get("mlflow_run_id"),
+    )
+
+
+def _find_costs(extra: Mapping[str, Any], lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What the training took: from the model's notes, and as means of its metrics."""
     costs = {}
     for key in ("steps", "train_seconds"):
         if key in extra:
             costs[key] = float(extra[key])
+
     for key, logged, factor in LOGGED_COSTS:
         values = [line[logged] for line in lines if logged in line]
         if values:
             costs[key] = factor * sum(values) / len(values)
+    return costs
 
+
+def _find_curves(lines: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each metric of `CURVES` that was logged.
+
+    {step: 1, train/loss: .7}
+    {step: 2, train/loss: .6, val_sample/ne: .9}
+
+    train/loss       (1, .7) (2, .6)
+    val_sample/ne    (2, .9)
+    """
     curves = {}
     for key in CURVES:
         points = [(int(line["step"]), line[key]) for line in lines if key in line]
         if points:
             curves[key] = points
-    return RunFacts(name, settings, costs, curves, extra.get("mlflow_run_id"))
+    return curves
 
 
 def make_comparison(
@@ -208,16 +233,25 @@ def console_table(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
+def _is_better(metric: str, difference: Difference) -> bool:
+    """True if a model that differs so is better than the first one."""
+    return (difference.value < 0) == (metric in LESS_IS_BETTER)
+
+
 def _verdict(comparison: Comparison, model: str) -> str:
+    """In how many of all (task, metric) the model is clearly better, and clearly worse."""
     if model not in comparison.differences:
         return "what the others are held against"
 
     better, worse = 0, 0
     for by_metric in comparison.differences[model].values():
         for name, difference in by_metric.items():
-            if difference.is_clear:
-                is_better = (difference.value < 0) == (name in LESS_IS_BETTER)
-                better, worse = better + is_better, worse + (not is_better)
+            if not difference.is_clear:
+                continue
+            if _is_better(name, difference):
+                better += 1
+            else:
+                worse += 1
 
     total = len(comparison.tasks) * len(METRICS)
     return f"{better} / {worse} of {total}"
@@ -319,16 +353,22 @@ def _difference_table(comparison: Comparison) -> str:
 def _difference_cell(metric: str, found: Difference) -> str:
     if not math.isfinite(found.value):
         return "–"
+
     kind = "unclear"
     if found.is_clear:
-        kind = "better" if (found.value < 0) == (metric in LESS_IS_BETTER) else "worse"
+        kind = "better" if _is_better(metric, found) else "worse"
     low, high = number_text(found.low, "+.4f"), number_text(found.high, "+.4f")
     text = f"{found.value:+.4f} [{low}, {high}]"
     return f'<span class="{kind}">{text}</span>'
 
 
 def differing_settings(facts: Mapping[str, RunFacts]) -> dict[str, dict[str, Any]]:
-    """Keys on which the runs do not agree, with each run's value."""
+    """Keys on which the runs do not agree, with each run's value.
+
+    one      train.lr: .01, model.d_model: 64
+    other    train.lr: .02, model.d_model: 64
+    found    train.lr: {one: .01, other: .02}
+    """
     keys: dict[str, None] = {}
     for run in facts.values():
         keys |= dict.fromkeys(run.settings)
@@ -337,9 +377,10 @@ def differing_settings(facts: Mapping[str, RunFacts]) -> dict[str, dict[str, Any
     for key in keys:
         if key.split(".")[0] in NOT_COMPARED:
             continue
+
         values = {name: run.settings.get(key) for name, run in facts.items()}
-        as_text = {json.dumps(value, sort_keys=True) for value in values.values()}
-        if len(as_text) > 1:
+        distinct = {json.dumps(value, sort_keys=True) for value in values.values()}
+        if len(distinct) > 1:
             found[key] = values
     return found
 
@@ -348,6 +389,7 @@ def _settings_table(facts: Mapping[str, RunFacts]) -> str:
     found = differing_settings(facts)
     if not found:
         return "<p>None.</p>"
+
     names = list(facts)
     rows = []
     for key, values in sorted(found.items()):
@@ -377,9 +419,11 @@ def _curves(facts: Mapping[str, RunFacts]) -> str:
     for place, key in enumerate(shown, 1):
         axes = figure.add_subplot(1, len(shown), place)
         for name, run in facts.items():
-            if key in run.curves:
-                steps, values = zip(*run.curves[key], strict=True)
-                axes.plot(steps, values, label=name, marker="." if len(steps) < 30 else None)
+            if key not in run.curves:
+                continue
+            steps, values = zip(*run.curves[key], strict=True)
+            marker = "." if len(steps) < FEW_POINTS else None
+            axes.plot(steps, values, label=name, marker=marker)
         axes.set(xlabel="step", title=CURVES[key])
         axes.legend()
     return embedded_picture(figure, "curves by step")

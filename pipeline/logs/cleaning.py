@@ -132,6 +132,7 @@ def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
     for name, theirs in rules.columns.items():
         if theirs not in schema.names:
             continue
+
         found = plain_type(schema.field(theirs).type)
         wanted = _refused_type(by_name.get(name), theirs, found, rules.readings.get(name))
         if wanted is not None:
@@ -150,10 +151,12 @@ def check_presence(schemas: Mapping[str, pa.Schema], rules: LogRules) -> dict[st
         named = name in rules.events.required or theirs not in (name, "")
         if not named:
             continue
+
         lacking = []
         for file, schema in schemas.items():
             if rules_of_file(schema, rules).columns[name] not in schema.names:
                 lacking.append(file)
+
         if len(lacking) == len(schemas):
             first = lacking[0]
             raise UserError(f"{first}: {_lacks(name, rules, schemas[first])}")
@@ -232,9 +235,8 @@ def _refused_type(
     """The types that the column, called `theirs`, may have, None where `found` is one; of no
     column: the digest.
     """
-    integer, number, text = pa.types.is_integer(found), is_number(found), is_text(found)
     if column is None:
-        return None if integer else "an integer"
+        return None if pa.types.is_integer(found) else "an integer"
     if pa.types.is_null(found):
         return None if column.role != "key" else f"{column.name}, not a column of nulls"
     if column.name in TEXT_IDS:
@@ -242,24 +244,37 @@ def _refused_type(
     if column.name == "event_time":
         return _refused_time(found, reading)
 
-    flag = pa.types.is_boolean(found)
     if column.role == "action":
         return _refused_action(column.name, theirs, found, reading)
     if pa.types.is_boolean(column.dtype):
-        return None if flag else "boolean"
-    # values that mean unknown may stand among numbers as text
-    has_unknown = reading is not None and bool(reading.unknown)
+        return None if pa.types.is_boolean(found) else "boolean"
     if column.role == "request":
-        if reading is not None and reading.text:
-            return None if text or number or flag else "text, a number or a boolean"
-        options = f"{{column: {theirs}, text: true}}"
-        rule = f"an integer; of text set source.columns.{column.name}={options}"
-        return None if number or flag or (text and has_unknown) else rule
+        return _refused_request(column.name, theirs, found, reading)
+
     decimal = "a number; of text such as 15,99 set source.format.decimal=','"
-    return None if number or (text and has_unknown) else decimal
+    return None if is_number(found) or _is_partly_text(found, reading) else decimal
+
+
+def _is_partly_text(found: pa.DataType, reading: ColumnReading | None) -> bool:
+    """True where values that mean unknown may stand among numbers as text."""
+    return is_text(found) and reading is not None and bool(reading.unknown)
+
+
+def _refused_request(
+    name: str, theirs: str, found: pa.DataType, reading: ColumnReading | None
+) -> str | None:
+    """`_refused_type` of a request column."""
+    is_value = is_number(found) or pa.types.is_boolean(found)
+    if reading is not None and reading.text:
+        return None if is_value or is_text(found) else "text, a number or a boolean"
+
+    options = f"{{column: {theirs}, text: true}}"
+    rule = f"an integer; of text set source.columns.{name}={options}"
+    return None if is_value or _is_partly_text(found, reading) else rule
 
 
 def _refused_time(found: pa.DataType, reading: ColumnReading | None) -> str | None:
+    """`_refused_type` of event_time."""
     name = "event_time" if reading is None else reading.column
     if needs_zone(found):
         known = reading is not None and reading.zone is not None
@@ -273,6 +288,7 @@ def _refused_time(found: pa.DataType, reading: ColumnReading | None) -> str | No
 def _refused_action(
     name: str, theirs: str, found: pa.DataType, reading: ColumnReading | None
 ) -> str | None:
+    """`_refused_type` of an action, by its rule."""
     number, text, flag = is_number(found), is_text(found), pa.types.is_boolean(found)
     if reading is None or not reading.has_rule:
         rule = "an integer, boolean or float of 0 and 1"
@@ -364,6 +380,9 @@ def _check_values(
 ) -> tuple[np.ndarray, list[str], dict[str, pa.Array]]:
     """The rows that break a rule, the first rule that each of them breaks, and the columns in LOG's
     types.
+
+        user_id   7  null  7  -1        bad      1 2 3
+        click     1   1    2   2        reasons  null_user_id, click_not_0_1, negative_user_id
     """
     reasons = ["none"]
     code = np.zeros(len(columns["user_id"]), np.int16)  # of each row, an index into them
@@ -375,6 +394,7 @@ def _check_values(
             reasons.append(why)
             broken_values[name] = broken
 
+    # what is read at all, and there
     value = {name: _filled_with_0(column) for name, column in columns.items()}
     for name, broken in unreadable.items():
         demand(name, broken, f"{name}_unreadable")
@@ -382,6 +402,7 @@ def _check_values(
         if columns[name].null_count:
             demand(name, columns[name].is_null().to_numpy(zero_copy_only=False), f"null_{name}")
 
+    # in its range
     ids = [column for column in LOG_KEYS if column.at_least is not None]
     for column in (*ids, *rules.events.outcomes):
         if column.is_float:
@@ -399,14 +420,15 @@ def _check_values(
         demand(name, (value[name] != 0) & (value[name] != 1), f"{name}_not_0_1")
 
     tops = {column.name: column.at_most for column in rules.events.request_columns}
-    for name, top in (tops | {"known_mask": (1 << len(rules.actions)) - 1}).items():
+    tops["known_mask"] = (1 << len(rules.actions)) - 1
+    for name, top in tops.items():
         demand(name, (value[name] < 0) | (value[name] > top), f"{name}_out_of_range")
 
     types = {column.name: column.dtype for column in rules.events.log_columns}
-    typed = {
-        name: _typed(column, value[name], broken_values.get(name), types[name])
-        for name, column in columns.items()
-    }
+    typed = {}
+    for name, column in columns.items():
+        typed[name] = _typed(column, value[name], broken_values.get(name), types[name])
+
     bad = np.flatnonzero(code)
     return bad, [reasons[number] for number in code[bad]], typed
 
@@ -452,10 +474,11 @@ def unit_hint(reason: str, event_times: Sequence[int], rules: LogRules) -> str:
         "event_time_before_range": {"seconds": 1e3},
         "event_time_in_future": {"microseconds": 1e-3, "nanoseconds": 1e-6},
     }
+    if not event_times:
+        return ""
     for unit, factor in units.get(reason, {}).items():
-        if event_times and all(
-            rules.earliest_ms <= time * factor <= rules.latest_ms for time in event_times
-        ):
+        earliest, latest = min(event_times) * factor, max(event_times) * factor
+        if rules.earliest_ms <= earliest and latest <= rules.latest_ms:
             return f"event_time looks like {unit}, it must be in milliseconds since 1970, UTC"
     return ""
 
@@ -468,11 +491,18 @@ def user_bucket(user_id: np.ndarray, num_buckets: int) -> np.ndarray:
 def row_digest(table: pa.Table) -> np.ndarray:
     """uint64 per row over all columns by name: equal rows agree, whatever the order of the columns
     or the files.
+
+        user  item  digest
+        3     7     a
+        7     3     b
+        3     7     a
     """
     digest = np.zeros(table.num_rows, np.uint64)
     for name in sorted(table.column_names):
         with reading_column(name):
-            digest = mix(digest ^ mix(_bits(plain_values(table[name])) + _hash(name)))
+            bits = _bits(plain_values(table[name]))
+            of_column = mix(bits + _hash(name))
+            digest = mix(digest ^ of_column)
     return digest
 
 
@@ -497,10 +527,10 @@ def _bits(column: pa.Array) -> np.ndarray:
         bits = np.array([_hash(repr(value)) for value in column.to_pylist()], np.uint64)
     else:  # strings, bytes, decimals: each distinct value once
         coded = column.dictionary_encode()
-        values = np.array(
-            [_hash(repr(value)) for value in coded.dictionary.to_pylist()] or [0], np.uint64
-        )
+        hashes = [_hash(repr(value)) for value in coded.dictionary.to_pylist()]
+        values = np.array(hashes or [0], np.uint64)  # of nulls alone there is none
         bits = values[coded.indices.fill_null(0).to_numpy()]
+
     if column.null_count == 0:
         return bits
     valid = column.is_valid().to_numpy(zero_copy_only=False)
@@ -508,14 +538,24 @@ def _bits(column: pa.Array) -> np.ndarray:
 
 
 def _list_bits(column: pa.Array) -> np.ndarray:
+    """uint64 per list, from its values, their places and how many they are.
+
+    lists    [7 8] [] [8 7]
+    begins    0    2   2         ends  2 2 4
+    owner     0 0      2 2
+    place     0 1      0 1       so that [7 8] and [8 7] differ
+    """
     lengths = column.value_lengths().fill_null(0).to_numpy().astype(np.int64)
     ends = np.cumsum(lengths)
+    begins = ends - lengths
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(owner)) - (ends - lengths)[owner]
+    place = np.arange(len(owner)) - begins[owner]
     values = mix(_bits(column.flatten()) + mix(place.astype(np.uint64)))
-    # Sums wrap around, and so do their differences.
+
+    # sums wrap around, and so do their differences
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
-    return mix(sums[ends] - sums[ends - lengths] + lengths.astype(np.uint64))
+    of_list = sums[ends] - sums[begins]
+    return mix(of_list + lengths.astype(np.uint64))
 
 
 def mix(h: np.ndarray) -> np.ndarray:
@@ -527,4 +567,5 @@ def mix(h: np.ndarray) -> np.ndarray:
 
 
 def _hash(text: str) -> np.uint64:
+    """The first 64 bits of the text's BLAKE2b, the same in every process."""
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint64)[0]

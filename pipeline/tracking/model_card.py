@@ -22,6 +22,7 @@ SPLITS = ("val", "test")
 
 
 def _encoder_words(encoder: str) -> str:
+    """The encoder's name, with its paper or as a baseline."""
     if encoder == "ultra_hstu":
         return "ULTRA-HSTU (arXiv:2602.16986)"
     return f"The encoder `{encoder}`, one that ULTRA-HSTU is held against"
@@ -39,16 +40,19 @@ def _answer_words(tasks: Sequence[str], retrieval: RetrievalConfig) -> str:
 
 def _transducer_words(model: ModelConfig) -> tuple[str, str, str]:
     """Layers, mask and truncation; of a mixture those of each channel, by its name."""
-    if model.channels:
-        words = []
-        for name, channel in model.channels.items():
-            words.append([f"{name}: {text}" for text in _stack_words(channel)])
-        layers, window, truncation = ("; ".join(column) for column in zip(*words, strict=True))
-        return layers, window, truncation
-    return _stack_words(model)
+    if not model.channels:
+        return _stack_words(model)
+
+    # three columns with a line a channel: "clicks: 2; long: 3"
+    named = []
+    for name, channel in model.channels.items():
+        named.append([f"{name}: {text}" for text in _stack_words(channel)])
+    layers, window, truncation = zip(*named, strict=True)
+    return "; ".join(layers), "; ".join(window), "; ".join(truncation)
 
 
 def _stack_words(stack: ModelConfig | ChannelConfig) -> tuple[str, str, str]:
+    """Layers, mask and truncation of one transducer."""
     attention = stack.attention
     window = "causal"
     if attention.window is not None:
@@ -69,8 +73,10 @@ def render_card(cfg: RunConfig, model_dir: Path, metrics: Mapping[str, float], r
     # the model in words
     layers, window, truncation = _transducer_words(cfg.model)
     heads = f"{cfg.model.num_heads} (query-key {cfg.model.d_qk}, value {cfg.model.d_v})"
-    size = sum(path.stat().st_size for path in model_dir.iterdir())
+    num_bytes = sum(path.stat().st_size for path in model_dir.iterdir())
+    rows = f"{data.num_rows:,} rows of {data.num_users:,} users, from {cfg.source.kind}"
 
+    # up to when it was trained
     period, end = "validation start", cfg.split.t_val
     if cfg.split.refit:
         period, end = "test start", cfg.split.t_test
@@ -85,10 +91,9 @@ sequence, {_answer_words(cfg.tasks, cfg.retrieval)}.
 | layers, width, heads | {layers}, {cfg.model.d_model}, {heads} |
 | attention | {window} |
 | truncation | {truncation} |
-| files | {size / 1e6:.1f} MB, safetensors and JSON; their sha256 are tags of this version |
+| files | {num_bytes / 1e6:.1f} MB, safetensors and JSON; their sha256 are tags of this version |
 | MLflow run | {run_id} |
-| sequences | digest {data.digest}: {data.num_rows:,} rows of {data.num_users:,} users, \
-from {cfg.source.kind} |
+| sequences | digest {data.digest}: {rows} |
 | training period | rows before {end} ({period}), seed {cfg.seed}, {cfg.train.epochs} epochs |
 
 ## Measured
@@ -123,6 +128,7 @@ def _drawn_note(negatives: int) -> str:
 def _metric_table(
     tasks: tuple[str, ...], periods: SplitConfig, metrics: Mapping[str, float]
 ) -> str:
+    """A line for each split and metric that was measured, a column for each task."""
     rows = ["| | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
     for split in SPLITS:
         learned = " (rows it was trained on)" if split == "val" and periods.refit else ""
@@ -131,6 +137,7 @@ def _metric_table(
             values = [metrics.get(f"{split}/{metric}/{task}", math.nan) for task in tasks]
             if all(math.isnan(value) for value in values):
                 continue
+
             cells = [_number(value, 4) for value in values]
             name = NAMES.get(metric, metric.upper())
             rows.append(f"| {split} {name}{learned} | " + " | ".join(cells) + " |")
@@ -151,6 +158,7 @@ def _slice_table(tasks: tuple[str, ...], by_split: Mapping[str, Sequence[slices.
         titles += [f"{task} rows", "AUC", "calibration"]
     table = [f"| {split} | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
 
+    # the lines of all tasks together: (kind, name of the slice) -> task -> line
     by_slice: dict[tuple[str, str], dict[str, slices.Slice]] = {}
     for line in lines:
         if line.by != "hour":

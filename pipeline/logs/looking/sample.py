@@ -64,16 +64,24 @@ def take_sample(path: str, key: str) -> Sample:
     if not files:
         others = f"; left out: {count_reasons(found.left_out)}" if found.left_out else ""
         raise UserError(f"{key}: no Parquet, CSV or JSON lines at {path!r}{others}")
-    if form == PLAIN and text_kind(files[0], PLAIN) != "json" and not _is_parquet(files[0]):
+
+    if form == PLAIN and _is_csv(files[0]):
         form = guess_format(files[0])
 
-    left_out = {file: why for file, why in found.left_out.items() if file not in files}
     pieces, is_whole = _first_rows(files, form)
     rows = _joined(pieces)
     if rows.num_rows == 0:
         raise UserError(f"{key}: the files at {path!r} have no rows")
-    found = Sample(path, files, left_out, total_bytes(files), form, rows, is_whole)
-    return replace(found, as_text=_numbers_beside_text(pieces))
+    return Sample(
+        path=path,
+        files=files,
+        left_out={file: why for file, why in found.left_out.items() if file not in files},
+        bytes=total_bytes(files),
+        format=form,
+        rows=rows,
+        is_whole=is_whole,
+        as_text=_numbers_beside_text(pieces),
+    )
 
 
 def spread_sample(sample: Sample) -> Sample:
@@ -102,22 +110,40 @@ def guess_impressions(rows: pa.Table) -> Impressions | None:
     [{item: 1, clicked: 0}, …]    structs with an item
     [1, 2], [0, 1]                lists of one length in every row, one of items
     """
-    lists = {}
+    lengths: dict[str, pa.Array] = {}  # of the lists of plain values, by column
     for name in rows.column_names:
         values = plain_values(rows[name]).drop_null()
-        if is_text(values.type) and len(values):
-            if pc.all(pc.match_substring_regex(values.slice(0, 1000), LABELLED)).as_py():
+        if is_text(values.type):
+            if _are_labelled(values):
                 return Impressions(columns=(name,), names=("item_id", "clicked"))
-        elif is_list(values.type):
-            inner = values.type.value_type
-            if pa.types.is_struct(inner) and any(ITEM.match(plain_name(f.name)) for f in inner):
-                return Impressions(columns=(name,))
-            if not pa.types.is_nested(inner):
-                lists[name] = pc.list_value_length(rows[name]).fill_null(0).combine_chunks()
+            continue
+        if not is_list(values.type):
+            continue
 
-    items = [name for name in lists if ITEM.match(plain_name(name))]
-    together = [name for name in lists if items and lists[name].equals(lists[items[0]])]
+        inner = values.type.value_type
+        if pa.types.is_struct(inner) and any(_is_item(field.name) for field in inner):
+            return Impressions(columns=(name,))
+        if not pa.types.is_nested(inner):
+            lengths[name] = pc.list_value_length(rows[name]).fill_null(0).combine_chunks()
+
+    items = [name for name in lengths if _is_item(name)]
+    if not items:
+        return None
+    together = [name for name in lengths if lengths[name].equals(lengths[items[0]])]
     return Impressions(columns=tuple(together)) if len(together) > 1 else None
+
+
+def _are_labelled(texts: pa.ChunkedArray) -> bool:
+    """True if the first of the texts are lists of items with a label each: N1-0 N2-1."""
+    if len(texts) == 0:
+        return False
+    matching = pc.match_substring_regex(texts.slice(0, 1000), LABELLED)
+    return pc.all(matching).as_py()
+
+
+def _is_item(name: str) -> bool:
+    """True for what a column of items may be called."""
+    return ITEM.match(plain_name(name)) is not None
 
 
 def _distinct_column(rows: pa.Table, how: Impressions) -> str | None:
@@ -141,7 +167,13 @@ def _as_text(others: list[str]) -> tuple[FileFormat, list[str]]:
     return PLAIN, []
 
 
+def _is_csv(file: str) -> bool:
+    """True for what is no Parquet and no JSON, which say themselves how they are read."""
+    return text_kind(file, PLAIN) != "json" and not _is_parquet(file)
+
+
 def _is_parquet(file: str) -> bool:
+    """True for a file that begins as Parquet does, whatever its name."""
     filesystem, inner, _ = locate(file)
     with filesystem.open_input_stream(inner, compression=None) as stream:
         return stream.read(4) in (b"PAR1", b"PARE")
@@ -153,22 +185,8 @@ def guess_format(file: str) -> FileFormat:
     196::242::3       separator ::, names column_1, column_2, column_3
     user,item         a comma, and the names of the first line: nothing to set
     """
-    filesystem, inner, _ = locate(file)
-    packed = inner.lower().endswith(PACKED_ENDINGS)
-    with filesystem.open_input_stream(inner, compression="detect" if packed else None) as stream:
-        data = stream.read(FIRST_BYTES)
-    try:
-        of_windows = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        encoding = "utf-16" if of_windows else "utf8"
-        text = data.decode(encoding, "strict")
-    except UnicodeDecodeError as error:
-        cut_off = error.start > len(data) - 4  # within a character
-        encoding = "utf8" if cut_off else "latin-1"
-        text = data.decode(encoding, "ignore")
-
-    lines = text.splitlines()[:50]
-    if len(data) == FIRST_BYTES:
-        lines = lines[:-1]
+    _, inner, _ = locate(file)
+    encoding, lines = _first_lines(file)
     separator = _guess_separator(lines)
     if separator is None:
         return PLAIN
@@ -185,6 +203,28 @@ def guess_format(file: str) -> FileFormat:
         names=() if has_names else tuple(f"column_{i + 1}" for i in range(len(first))),
         encoding=encoding,
     )
+
+
+def _first_lines(file: str) -> tuple[str, list[str]]:
+    """The encoding that the file seems to be in, and up to 50 whole lines from its beginning."""
+    filesystem, inner, _ = locate(file)
+    packed = inner.lower().endswith(PACKED_ENDINGS)
+    with filesystem.open_input_stream(inner, compression="detect" if packed else None) as stream:
+        data = stream.read(FIRST_BYTES)
+
+    try:
+        of_windows = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        encoding = "utf-16" if of_windows else "utf8"
+        text = data.decode(encoding, "strict")
+    except UnicodeDecodeError as error:
+        cut_off = error.start > len(data) - 4  # within a character
+        encoding = "utf8" if cut_off else "latin-1"
+        text = data.decode(encoding, "ignore")
+
+    lines = text.splitlines()[:50]
+    if len(data) == FIRST_BYTES:
+        lines = lines[:-1]  # the last one may go on
+    return encoding, lines
 
 
 def _has_decimal_commas(lines: list[str], separator: str) -> bool:
@@ -213,7 +253,9 @@ def _first_rows(files: list[str], form: FileFormat) -> tuple[list[pa.Table], boo
     """
     chosen = _spread_over(files, MOST_PLACES)
     most = SAMPLE_ROWS // len(chosen)
-    pieces, is_whole = [], len(chosen) == len(files)
+
+    pieces: list[pa.Table] = []
+    is_whole = len(chosen) == len(files)
     for file in chosen:
         found, all_of_it = _some_rows(file, form, most)
         pieces += found
@@ -222,7 +264,11 @@ def _first_rows(files: list[str], form: FileFormat) -> tuple[list[pa.Table], boo
 
 
 def _spread_over(values: Sequence[Value], most: int) -> list[Value]:
-    """At most so many of the values, the first and the last among them."""
+    """At most so many of the values, the first and the last among them.
+
+    values   a b c d e     most = 3
+    chosen   a   c   e
+    """
     places = np.unique(np.linspace(0, len(values) - 1, most).astype(int))
     return [values[place] for place in places]
 
@@ -230,23 +276,27 @@ def _spread_over(values: Sequence[Value], most: int) -> list[Value]:
 def _some_rows(file: str, form: FileFormat, most: int) -> tuple[list[pa.Table], bool]:
     """At most so many rows of a file, from its beginning to its end, and True if these are all."""
     kind = text_kind(file, form)
-    if kind is not None and (excerpt := _excerpt(file, form, most)) is not None:
+    excerpt = None if kind is None else _excerpt(file, form, most)
+    if excerpt is not None:
         with tempfile.TemporaryDirectory() as folder:
             short = Path(folder) / Path(file).name
             short.write_bytes(excerpt)
             try:
-                return _some_rows(str(short), replace(form, kind=kind), most)[0], False
+                pieces, _ = _some_rows(str(short), replace(form, kind=kind), most)
+                return pieces, False
             except UserError:  # a place within a quoted value: the beginning is enough to go by
                 pass
 
-    pieces, is_whole = [], True
+    pieces = []
     with open_rows(file, form, ids=_possible_ids(file, form), count=False) as rows:
         groups = list(range(len(rows.group_rows())))
         chosen = _spread_over(groups, MOST_PLACES)
+        is_whole = len(chosen) == len(groups)
         of_group = max(1, most // max(len(chosen), 1))
-        is_whole &= len(chosen) == len(groups)
+
         for group in chosen:
             count = 0
+            # a row more than is taken tells that the group goes on
             for block in rows.blocks(of_group + 1, [group]):
                 block = _without_names(block)
                 pieces.append(_typed(block, rows.schema).slice(0, of_group - count))
@@ -267,12 +317,16 @@ def _excerpt(file: str, form: FileFormat, most: int) -> bytes | None:
     if packed or size < 2 * MOST_PLACES * PLACE_BYTES or form.encoding not in ("utf8", "latin-1"):
         return None
 
+    most_lines = most // MOST_PLACES  # of a place
+    places = np.linspace(0, size - PLACE_BYTES, MOST_PLACES).astype(int)
     with filesystem.open_input_file(inner) as stream:
-        lines = stream.read(PLACE_BYTES).split(b"\n")[:-1][: most // MOST_PLACES]
-        for place in np.linspace(0, size - PLACE_BYTES, MOST_PLACES).astype(int)[1:]:
-            stream.seek(int(place))
+        whole = stream.read(PLACE_BYTES).split(b"\n")[:-1]
+        lines = whole[:most_lines]
+        for place in places[1:].tolist():
+            stream.seek(place)
             # the first and the last are parts of lines
-            lines += stream.read(PLACE_BYTES).split(b"\n")[1:-1][: most // MOST_PLACES]
+            whole = stream.read(PLACE_BYTES).split(b"\n")[1:-1]
+            lines += whole[:most_lines]
     return b"\n".join(lines) + b"\n"
 
 
@@ -302,10 +356,9 @@ def _joined(pieces: list[pa.Table]) -> pa.Table:
 
     aligned = list(pieces) or [pa.table({})]
     for name, found in kinds.items():
+        alone = [pa.schema({name: kind}) for kind in found]
         try:
-            pa.unify_schemas(
-                [pa.schema({name: kind}) for kind in found], promote_options="permissive"
-            )
+            pa.unify_schemas(alone, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             common = pa.int64() if all(map(_is_count, found)) else pa.string()
             aligned = [_with_type(piece, name, common) for piece in aligned]
