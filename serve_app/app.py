@@ -40,6 +40,7 @@ from serve_app.web.api import make_api
 from serve_app.web.page.routes import PageSettings
 from serve_app.web.protection import ApiKeys, RateLimit
 from serve_app.web.replica import Overloaded, Replica, Unavailable
+from serve_app.web.settings import ApiAccess, ApiIdentity, ApiLimits
 from serve_app.web.tracing import make_tracer
 
 logger = logging.getLogger("ray.serve")
@@ -411,11 +412,8 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
     if args.trace_context:
         tracer = make_tracer(args.otlp_endpoint)
 
-    return make_api(
-        replica,
-        args.max_body_bytes,
-        keys,
-        rate_limit,
+    limits = ApiLimits(
+        max_body_bytes=args.max_body_bytes,
         max_wait_s=args.max_wait_ms / 1000,
         timeout_s=args.request_timeout_s,
         body_timeout_s=args.body_timeout_s,
@@ -423,13 +421,16 @@ def _build_api(replica: Replica, args: Arguments) -> FastAPI:
         max_history=args.max_history,
         max_rank_users=args.max_rank_users,
         max_recommend_users=args.max_recommend_users,
-        id_is_sent=True,
-        hosts=None if args.hosts is None else frozenset(args.hosts),
+    )
+    hosts = None if args.hosts is None else frozenset(args.hosts)
+    return make_api(
+        replica,
+        limits,
+        access=ApiAccess(keys=keys, rate_limit=rate_limit, hosts=hosts),
+        identity=ApiIdentity(name=_own_id(), server_id=args.server_id, id_is_sent=True),
         served_log=args.served_log,
         page=args.page,
         tracer=tracer,
-        name=_own_id(),
-        server_id=args.server_id,
     )
 
 

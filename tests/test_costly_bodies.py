@@ -20,6 +20,7 @@ from serve_app.recommend.arrow import OPTIONS
 from serve_app.schemas import Refusal
 from serve_app.web import limits
 from serve_app.web.api import make_api
+from serve_app.web.settings import ApiAccess, ApiLimits
 from tests.worlds.web import RANK, Fixed, call
 
 JSON = {"content-type": "application/json"}
@@ -29,7 +30,7 @@ WIDE = {"candidates": [{"item_id": item} for item in range(20)]}  # more than 30
 
 @pytest.fixture(scope="module")
 def api() -> FastAPI:
-    return make_api(Fixed(), max_body_bytes=2_000_000)
+    return make_api(Fixed())
 
 
 def stream(table: pa.Table, key: bytes, head: object) -> bytes:
@@ -58,7 +59,7 @@ def test_of_ever_so_many_wrong_parts_the_first_is_told(
 
     monkeypatch.setattr(Refusal, "of", count)
     parts = {"/v1/rank": "candidates", "/v1/events": "events"}.get(path, "requests")
-    wide = make_api(Fixed(), max_body_bytes=2_000_000, max_recommend_users=MANY)
+    wide = make_api(Fixed(), ApiLimits(max_recommend_users=MANY))
     answer = call(wide, "POST", path, json={"user_id": 1, parts: [1] * MANY})
     told = [one["loc"] for one in answer.json()["detail"] if one["loc"][1] == parts]
     assert (answer.status_code, told) == (422, [["body", parts, 0]])
@@ -87,7 +88,7 @@ def test_a_name_that_comes_twice_is_refused(path: str) -> None:
     """Of two values the last would win, and nobody would know."""
     from serve_app.web.page.routes import PageSettings
 
-    with_page = make_api(Fixed(), 2_000_000, page=PageSettings())
+    with_page = make_api(Fixed(), page=PageSettings())
     answer = call(with_page, "POST", path, content=b'{"user_id":1,"user_id":2}', headers=JSON)
     (refusal,) = answer.json()["detail"]
     assert (answer.status_code, refusal["input"]) == (422, "user_id")
@@ -164,12 +165,7 @@ def test_a_list_that_is_too_long_is_refused_before_a_schema_looks_at_each(
     path: str, body: dict, field: str, rule: str
 ) -> None:
     limited = make_api(
-        Fixed(),
-        max_body_bytes=2_000_000,
-        max_candidates=2,
-        max_history=3,
-        max_rank_users=4,
-        max_recommend_users=5,
+        Fixed(), ApiLimits(max_candidates=2, max_history=3, max_rank_users=4, max_recommend_users=5)
     )
     most = int(rule.split()[2])
     for number in (most, most + 1):
@@ -220,7 +216,7 @@ def test_an_arrow_body_has_so_many_columns(api: FastAPI) -> None:
 
 
 def test_a_host_that_is_no_address_is_not_of_this_machine() -> None:
-    api = make_api(Fixed(), 2_000_000, hosts=frozenset({"127.0.0.1"}))
+    api = make_api(Fixed(), access=ApiAccess(hosts=frozenset({"127.0.0.1"})))
     for header in ({"Host": "["}, {"Host": "::1]"}, {"Host": "127.0.0.1", "Origin": "http://["}):
         answer = call(api, "POST", "/v1/rank", headers=header, json=RANK)
         assert answer.status_code == 403, header
@@ -229,7 +225,7 @@ def test_a_host_that_is_no_address_is_not_of_this_machine() -> None:
 def test_the_bodies_of_all_clients_together_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MOST_BODIES", 3)
     monkeypatch.setattr(limits, "CROWDED_BODY_S", 0.01)
-    api = make_api(Fixed(), max_body_bytes=1000, body_timeout_s=60)
+    api = make_api(Fixed(), ApiLimits(max_body_bytes=1000, body_timeout_s=60))
     go_on = asyncio.Event()
     sent: list[int] = []
 

@@ -14,6 +14,7 @@ from pipeline.cluster import free_port
 from serve_app import deployment
 from serve_app.web.api import make_api
 from serve_app.web.protection import ApiKeys
+from serve_app.web.settings import ApiAccess, ApiLimits
 from tests.support.exposition import sample
 from tests.worlds.web import RANK, Fixed, call, hashed
 
@@ -58,10 +59,8 @@ def test_half_sent_bodies_delay_nobody_and_are_cut(
     body_timeout_s = 8.0
     api = make_api(
         Fixed(),
-        2_000_000,
-        ApiKeys(tmp_path / "keys"),
-        timeout_s=300,
-        body_timeout_s=body_timeout_s,
+        ApiLimits(timeout_s=300, body_timeout_s=body_timeout_s),
+        access=ApiAccess(keys=ApiKeys(tmp_path / "keys")),
     )
 
     async def scenario() -> tuple[list[int], float]:
@@ -105,7 +104,9 @@ def test_a_whole_body_without_a_key_is_read_before_the_answer() -> None:
         def find_name(self, key: str) -> str | None:
             return None
 
-    answer = call(make_api(Fixed(), 2_000_000, NoKeys()), "POST", "/v1/rank", content=chunks())
+    answer = call(
+        make_api(Fixed(), access=ApiAccess(keys=NoKeys())), "POST", "/v1/rank", content=chunks()
+    )
     assert answer.status_code == 401
     assert sizes == [10, 20, 30]
 

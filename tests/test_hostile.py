@@ -18,6 +18,7 @@ from serve_app.schemas import (
 )
 from serve_app.web.api import make_api
 from serve_app.web.protection import OPEN_PATHS, ApiKeys
+from serve_app.web.settings import ApiAccess, ApiLimits
 from tests.support.hostile_bodies import insides, malformed, malformed_arrow
 from tests.worlds.recommender import Served
 from tests.worlds.web import hashed
@@ -29,14 +30,18 @@ POSTED = ("/v1/rank", "/v1/events", "/v1/recommend")
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
-    return make_api(Served(tmp_path_factory.mktemp("hostile")), max_body_bytes=100_000)
+    return make_api(Served(tmp_path_factory.mktemp("hostile")), ApiLimits(max_body_bytes=100_000))
 
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
     folder = tmp_path_factory.mktemp("locked")
     (folder / "keys").write_text(f"{hashed('secret')} shop\n")
-    return make_api(Served(folder), 100_000, ApiKeys(folder / "keys"))
+    return make_api(
+        Served(folder),
+        ApiLimits(max_body_bytes=100_000),
+        access=ApiAccess(keys=ApiKeys(folder / "keys")),
+    )
 
 
 # The Arrow body is binary: `malformed_arrow` below. There is nothing to get wrong in a GET.

@@ -19,6 +19,7 @@ from serve_app.web import limits
 from serve_app.web.api import make_api
 from serve_app.web.limits import FEW, MANY, STUCK_S, Admission, Backlog
 from serve_app.web.protection import ApiKeys, RateLimit
+from serve_app.web.settings import ApiAccess, ApiLimits
 from tests.support.exposition import sample
 from tests.support.patience import PATIENCE_S
 from tests.worlds.web import EVENTS, RANK, Fixed, call, hashed
@@ -43,7 +44,7 @@ class Slow(Fixed):
 
 def test_an_answer_that_does_not_come_is_504_and_its_work_is_cancelled() -> None:
     replica = Slow(60)
-    answer = call(make_api(replica, 2_000_000, timeout_s=0.05), "POST", "/v1/rank", json=RANK)
+    answer = call(make_api(replica, ApiLimits(timeout_s=0.05)), "POST", "/v1/rank", json=RANK)
     assert (answer.status_code, answer.headers["Retry-After"]) == (504, "1")
     assert "0.05 s" in answer.json()["detail"]
     assert replica.cancelled == 1
@@ -55,7 +56,7 @@ def test_a_body_that_does_not_come_is_408() -> None:
         await asyncio.sleep(60)
 
     answer = call(
-        make_api(Fixed(), 2_000_000, timeout_s=0.05), "POST", "/v1/rank", content=trickle()
+        make_api(Fixed(), ApiLimits(timeout_s=0.05)), "POST", "/v1/rank", content=trickle()
     )
     assert answer.status_code == 408
 
@@ -230,7 +231,7 @@ def test_many_may_wait_in_a_stall_and_few_in_an_outage() -> None:
 def test_beyond_what_can_be_done_in_time_the_answer_is_429(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    api = make_api(Slow(0.05), 2_000_000, max_wait_s=0.2)
+    api = make_api(Slow(0.05), ApiLimits(max_wait_s=0.2))
     caplog.set_level(logging.INFO, logger="ray.serve.requests")
 
     async def load() -> tuple[list[httpx.Response], list[httpx.Response]]:
@@ -299,7 +300,7 @@ def test_a_refusal_is_503_where_nothing_is_answered_at_all() -> None:
                 task.cancel()
             return [refused.status_code]
 
-    api = make_api(Gone(), 2_000_000)
+    api = make_api(Gone())
     assert asyncio.run(load()) == [503]
     text = call(api, "GET", "/metrics").text
     assert sample(text, "ranking_refused_total", reason="unavailable") == 1
@@ -317,7 +318,9 @@ def test_requests_are_counted_by_status_and_version(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"{hashed('secret')} shop\n")
     now = 0.0
-    api = make_api(Fixed(), 2_000_000, ApiKeys(keys), RateLimit(3, lambda: now))
+    api = make_api(
+        Fixed(), access=ApiAccess(keys=ApiKeys(keys), rate_limit=RateLimit(3, lambda: now))
+    )
     statuses = [call(api, "POST", "/v1/rank", "secret", json=RANK).status_code for _ in range(2)]
     statuses += [call(api, "POST", "/v1/events", "secret", json=EVENTS).status_code]
     statuses += [
@@ -373,7 +376,7 @@ def test_who_asks_for_readiness_together_asks_the_replicas_once() -> None:
             return await super().model_info()
 
     replica = Counting()
-    api = make_api(replica, 2_000_000)
+    api = make_api(replica)
 
     async def ask() -> list[int]:
         transport = httpx.ASGITransport(api)

@@ -242,7 +242,7 @@ def test_an_answer_says_where_its_time_went(tiny, tmp_path: Path) -> None:
     ranking = Ranking()
     ranking.rollout = Rollout({CHAMPION: ranker}, {CHAMPION: ""}, 0.0, ReplicaMetrics())
 
-    api = make_api(ranking, 2_000_000)  # pyright: ignore[reportArgumentType]
+    api = make_api(ranking)  # pyright: ignore[reportArgumentType]
     answer = call(api, "POST", "/v1/rank", json=RANK)
     took_ms = read_timing(answer.headers["Server-Timing"])
     total_ms = took_ms.pop("total")

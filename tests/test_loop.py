@@ -27,6 +27,7 @@ from serve_app.feedback.simulated import (
 from serve_app.history.export import export_events
 from serve_app.ranking.rollout import open_events
 from serve_app.web.api import make_api
+from serve_app.web.settings import ApiLimits
 from tests.worlds.own_logs import own_logs
 from tests.worlds.recommender import Served
 from tests.worlds.web import call
@@ -45,7 +46,11 @@ def here(api: FastAPI) -> httpx.Client:
 def test_what_is_shown_and_clicked_is_what_the_logs_get(tmp_path: Path, *, by_rank: bool) -> None:
     world = Served(tmp_path)
     folder = str(tmp_path / "served")
-    api = make_api(world, 100_000, served_log=ServedLogSettings(folder=folder, flush_s=0.1))
+    api = make_api(
+        world,
+        ApiLimits(max_body_bytes=100_000),
+        served_log=ServedLogSettings(folder=folder, flush_s=0.1),
+    )
     users, items = np.array([3, 4, 5]), np.arange(30)
     rates = {"is_click": np.full(3, 0.3), "is_like": np.full(3, 0.1)}
     crowd = Crowd(users, items, rates, by_rank)

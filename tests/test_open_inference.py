@@ -18,6 +18,7 @@ from serve_app.web.api import make_api
 from serve_app.web.limits import LIVE_PATHS
 from serve_app.web.protection import ApiKeys
 from serve_app.web.replica import Unavailable
+from serve_app.web.settings import ApiAccess, ApiLimits
 from tests.worlds.web import RANK, Fixed, call, hashed
 
 
@@ -46,7 +47,7 @@ def replica() -> Described:
 
 @pytest.fixture
 def api(replica: Described) -> FastAPI:
-    return make_api(replica, 100_000)
+    return make_api(replica, ApiLimits(max_body_bytes=100_000))
 
 
 # Health --------------------------------------------------------------------------
@@ -75,7 +76,11 @@ def test_a_server_that_ends_lives_and_is_not_ready(api: FastAPI):
 
 def test_health_needs_no_key_and_the_model_does(replica: Described, tmp_path):
     (tmp_path / "keys").write_text(f"{hashed('secret')} shop\n")
-    locked = make_api(replica, 100_000, ApiKeys(tmp_path / "keys"))
+    locked = make_api(
+        replica,
+        ApiLimits(max_body_bytes=100_000),
+        access=ApiAccess(keys=ApiKeys(tmp_path / "keys")),
+    )
     for path in ("/v2/health/live", "/v2/health/ready", "/docs"):
         assert call(locked, "GET", path).status_code == 200
     for path in ("/v2", "/v2/models/clicks", "/v2/models/clicks/ready", "/openapi.json"):

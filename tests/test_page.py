@@ -27,6 +27,7 @@ from serve_app.schemas import Event, EventsRequest
 from serve_app.web.api import make_api
 from serve_app.web.page.routes import FILE_PATHS, PageSettings
 from serve_app.web.protection import ApiKeys
+from serve_app.web.settings import ApiAccess, ApiLimits
 from tests.support.browser import Visit, listening, running_browser
 from tests.worlds.recommender import Served
 from tests.worlds.tiny import NOT_A_USER, save_tiny_model
@@ -54,7 +55,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture(scope="module")
 def api(served: Served) -> FastAPI:
-    return make_api(served, 100_000, page=PageSettings(), max_wait_s=60, timeout_s=60)
+    return make_api(
+        served, ApiLimits(max_body_bytes=100_000, max_wait_s=60, timeout_s=60), page=PageSettings()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +168,7 @@ def test_by_itself_it_is_there_for_this_machine_alone(tmp_path: Path) -> None:
     assert deployment.has_page(ServeConfig(page="on", **keys))
     assert not deployment.has_page(ServeConfig(page="off"))
 
-    api = make_api(Fixed(), 1000)
+    api = make_api(Fixed(), ApiLimits(max_body_bytes=1000))
     assert [call(api, "GET", path).status_code for path in FILE_PATHS] == [404] * len(FILE_PATHS)
     assert call(api, "POST", "/page/start", json={}).status_code == 404
 
@@ -176,12 +179,15 @@ def test_with_keys_the_files_are_open_and_what_they_ask_for_is_not(
     hashes = tmp_path / "keys"
     hashes.write_text(f"{hashed('a-key')} somebody\n")
     keys = ApiKeys(hashes)
-    api = make_api(served, 1000, keys, page=PageSettings())
+    api = make_api(
+        served, ApiLimits(max_body_bytes=1000), access=ApiAccess(keys=keys), page=PageSettings()
+    )
     assert [call(api, "GET", path).status_code for path in FILE_PATHS] == [200] * len(FILE_PATHS)
     assert "<html data-keys " in call(api, "GET", "/").text
     assert call(api, "POST", "/page/start", json={}).status_code == 401
     assert call(api, "POST", "/page/start", "a-key", json={}).status_code == 200
-    assert call(make_api(served, 1000, keys), "GET", "/").status_code == 401
+    without_page = make_api(served, access=ApiAccess(keys=keys))
+    assert call(without_page, "GET", "/").status_code == 401
 
     # nobody is shown as an example
     limits = replace(served.ranker.limits, api_keys_file=str(hashes))
@@ -198,7 +204,7 @@ def test_nothing_comes_from_elsewhere_but_pictures_from_named_hosts() -> None:
             ServeConfig(page_picture_column="cover", **wrong)
 
     page = PageSettings.model_validate(deployment._page(settings))
-    answer = call(make_api(Fixed(), 1000, page=page), "GET", "/")
+    answer = call(make_api(Fixed(), ApiLimits(max_body_bytes=1000), page=page), "GET", "/")
     policy = answer.headers["Content-Security-Policy"]
     assert "default-src 'none'; script-src 'self';" in policy
     assert f"img-src 'self' {host};" in policy
@@ -411,7 +417,9 @@ def test_champion_and_canary_stand_side_by_side(
     rankers = {CHAMPION: served.ranker, CANARY: second}
     trial = Rollout(rankers, {CHAMPION: "", CANARY: ""}, 0.01, served.counts)
     monkeypatch.setattr(served, "rollout", trial)
-    with listening(make_api(served, 100_000, page=PageSettings(), max_wait_s=60)) as url:
+    with listening(
+        make_api(served, ApiLimits(max_body_bytes=100_000, max_wait_s=60), page=PageSettings())
+    ) as url:
         here = visit(url)
         choose_user(here, 12)
         titles = here.page.locator("#panel h2").all_inner_texts()
@@ -432,7 +440,12 @@ def test_a_server_with_keys_is_asked_after_one_is_given(
 ) -> None:
     hashes = tmp_path / "keys"
     hashes.write_text(f"{hashed('a-key')} somebody\n")
-    api = make_api(served, 100_000, ApiKeys(hashes), page=PageSettings(), max_wait_s=60)
+    api = make_api(
+        served,
+        ApiLimits(max_body_bytes=100_000, max_wait_s=60),
+        access=ApiAccess(keys=ApiKeys(hashes)),
+        page=PageSettings(),
+    )
     with listening(api) as url:
         here = visit(url)
         assert here.requests == []

@@ -22,6 +22,7 @@ from serve_app.schemas import (
 from serve_app.web import rank
 from serve_app.web.api import make_api
 from serve_app.web.protection import ApiKeys, RateLimit, read_keys
+from serve_app.web.settings import ApiAccess, ApiIdentity
 from tests.support.exposition import sample
 from tests.worlds.tiny import publish_sequences, tiny_config
 from tests.worlds.web import EVENTS, RANK, Fixed, call, hashed
@@ -39,7 +40,7 @@ def keys_file(tmp_path: Path) -> Path:
 
 
 def test_only_who_has_a_key(keys_file: Path) -> None:
-    api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file))
+    api = make_api(Fixed(), access=ApiAccess(keys=ApiKeys(keys_file)))
     for method, path, body in (
         ("POST", "/v1/rank", RANK),
         ("POST", "/v1/events", EVENTS),
@@ -63,7 +64,7 @@ def test_only_who_has_a_key(keys_file: Path) -> None:
 
 
 def test_without_keys_everybody_may_ask() -> None:
-    assert call(make_api(Fixed(), 2_000_000), "POST", "/v1/rank", json=RANK).status_code == 200
+    assert call(make_api(Fixed()), "POST", "/v1/rank", json=RANK).status_code == 200
 
 
 def test_keys_come_and_go_without_a_restart(
@@ -103,7 +104,9 @@ def test_broken_files_of_keys(tmp_path: Path, text: str) -> None:
 
 def test_a_key_beyond_its_rate_waits_and_others_do_not(keys_file: Path) -> None:
     now = 100.0
-    api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file), RateLimit(0.5, lambda: now))
+    api = make_api(
+        Fixed(), access=ApiAccess(keys=ApiKeys(keys_file), rate_limit=RateLimit(0.5, lambda: now))
+    )
     asked = [call(api, "GET", "/v1/model", KEYS["shop"]) for _ in range(2)]
     assert [answer.status_code for answer in asked] == [200, 429]
     assert asked[1].headers["Retry-After"] == "2"
@@ -128,7 +131,7 @@ def test_a_bucket_fills_up_to_one_second_of_requests() -> None:
 def test_a_line_per_request_without_what_was_sent(
     keys_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file))
+    api = make_api(Fixed(), access=ApiAccess(keys=ApiKeys(keys_file)))
     secret = KEYS["app"]
     user = 123_456_789_012_345  # so long that no random id shows it by chance
     with caplog.at_level(logging.INFO, logger="ray.serve.requests"):
@@ -198,7 +201,7 @@ BAD_EVENTS = {  # body -> place and value that the answer must name
 @pytest.mark.parametrize("name", BAD_EVENTS)
 def test_bad_events_are_422_and_name_the_field(name: str) -> None:
     body, loc, said = BAD_EVENTS[name]
-    answer = call(make_api(Fixed(), 2_000_000), "POST", "/v1/events", json=body)
+    answer = call(make_api(Fixed()), "POST", "/v1/events", json=body)
     assert answer.status_code == 422
     assert loc in [entry["loc"] for entry in answer.json()["detail"]]
     assert said in answer.text
@@ -207,13 +210,13 @@ def test_bad_events_are_422_and_name_the_field(name: str) -> None:
 def test_an_event_store_that_does_not_answer_is_503() -> None:
     replica = Fixed()
     replica.failing = StoreDown("database or disk is full")
-    answer = call(make_api(replica, 2_000_000), "POST", "/v1/events", json=EVENTS)
+    answer = call(make_api(replica), "POST", "/v1/events", json=EVENTS)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert "disk" not in answer.text
 
 
 def test_the_document_is_complete(keys_file: Path) -> None:
-    api = make_api(Fixed(), 2_000_000, ApiKeys(keys_file))
+    api = make_api(Fixed(), access=ApiAccess(keys=ApiKeys(keys_file)))
     document = call(api, "GET", "/openapi.json", KEYS["app"]).json()
     for path, method in (("/v1/rank", "post"), ("/v1/events", "post"), ("/v1/model", "get")):
         route = document["paths"][path][method]
@@ -316,7 +319,7 @@ def test_pages_of_the_web_do_not_reach_a_keyless_local_server(headers, status: i
     local = ServeConfig()
     hosts = deployment._local_names(local)
     assert hosts is not None
-    api = make_api(Fixed(), 2_000_000, hosts=frozenset(hosts))
+    api = make_api(Fixed(), access=ApiAccess(hosts=frozenset(hosts)))
     for path in ("/v1/rank", "/v1/events"):
         body = RANK if path == "/v1/rank" else EVENTS
         answer = call(api, "POST", path, headers=headers, json=body)
@@ -339,7 +342,7 @@ def test_a_request_for_another_server_is_refused() -> None:
             return await super().append_events(request)
 
     replica = Kept()
-    api = make_api(replica, 2_000_000, server_id="a")
+    api = make_api(replica, identity=ApiIdentity(server_id="a"))
     for headers, status in (({}, 200), ({"X-Server-Id": "a"}, 200), ({"X-Server-Id": "b"}, 421)):
         answer = call(api, "POST", "/v1/events", json=EVENTS, headers=headers)
         assert (answer.status_code, answer.headers["X-Server-Id"]) == (status, "a")
@@ -350,7 +353,7 @@ def test_a_request_for_another_server_is_refused() -> None:
     assert sample(text, "ranking_refused_total", reason="server") == 1
     assert sample(text, "ranking_requests_total", path="/v1/events", status="421") == 1
 
-    nameless = make_api(Fixed(), 2_000_000)
+    nameless = make_api(Fixed())
     answer = call(nameless, "POST", "/v1/events", json=EVENTS, headers={"X-Server-Id": "b"})
     assert (answer.status_code, "X-Server-Id" in answer.headers) == (200, False)
 

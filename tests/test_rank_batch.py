@@ -14,6 +14,7 @@ from serve_app.schemas import Refusal
 from serve_app.web.api import make_api
 from serve_app.web.rank_batch import ROWS_TOGETHER
 from serve_app.web.replica import Overloaded, Unavailable
+from serve_app.web.settings import ApiLimits
 from tests.worlds.recommender import Served
 from tests.worlds.tiny import NOT_A_USER
 from tests.worlds.web import Fixed, call
@@ -30,7 +31,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture(scope="module")
 def api(served: Served) -> FastAPI:
-    return make_api(served, 100_000, max_rank_users=MOST_USERS)
+    return make_api(served, ApiLimits(max_body_bytes=100_000, max_rank_users=MOST_USERS))
 
 
 def asking(user: int, items: list[int], **fields: object) -> dict:
@@ -140,7 +141,7 @@ class Moody(Fixed):
 
 def test_an_outage_is_of_the_rows_that_it_met():
     replica = Moody()
-    api = make_api(replica, 100_000)
+    api = make_api(replica, ApiLimits(max_body_bytes=100_000))
     requests = [asking(user, [4]) for user in (0, 1, 2, 3)]
     found = call(api, "POST", PATH, json={"requests": requests}).json()
     assert [(one["row"], one["status"]) for one in found["refused"]] == [(1, 503), (2, 429)]

@@ -13,6 +13,7 @@ from serve_app.columns import MEDIA_TYPE
 from serve_app.history.published import sequence_row
 from serve_app.ranking.explain import affordable_rows, sequences_without_one
 from serve_app.web.api import make_api
+from serve_app.web.settings import ApiLimits
 from tests.worlds.recommender import Served
 from tests.worlds.tiny import NOT_A_USER
 from tests.worlds.web import call
@@ -28,7 +29,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture(scope="module")
 def api(served: Served) -> FastAPI:
-    return make_api(served, 100_000)
+    return make_api(served, ApiLimits(max_body_bytes=100_000))
 
 
 def rank(api: FastAPI, **fields: object) -> dict:

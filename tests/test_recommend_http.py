@@ -14,6 +14,7 @@ from pipeline.index.histories import history_before
 from serve_app.columns import MEDIA_TYPE, RankColumns
 from serve_app.schemas import RankRequest
 from serve_app.web.api import make_api
+from serve_app.web.settings import ApiLimits
 from tests.support.exposition import sample
 from tests.worlds.recommender import LIMITS, Served
 from tests.worlds.tiny import NOT_A_USER
@@ -29,7 +30,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture(scope="module")
 def api(served: Served) -> FastAPI:
-    return make_api(served, 100_000, max_recommend_users=LIMITS.max_recommend_users)
+    return make_api(
+        served, ApiLimits(max_body_bytes=100_000, max_recommend_users=LIMITS.max_recommend_users)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +243,7 @@ def test_a_refusal_names_field_and_value(api: FastAPI, fields: dict, loc: list, 
 
 
 def test_a_version_without_an_index_says_so(tmp_path):
-    bare = make_api(Served(tmp_path, with_index=False), 100_000)
+    bare = make_api(Served(tmp_path, with_index=False), ApiLimits(max_body_bytes=100_000))
     answer = call(bare, "POST", PATH, json={"user_id": 3})
     assert answer.status_code == 409
     assert "without an item index" in answer.json()["detail"]
@@ -331,7 +334,7 @@ def test_the_model_page_says_what_the_index_holds(served: Served, api: FastAPI):
 
 def test_stages_sources_and_empty_lists_are_counted(tmp_path, now: int):
     fresh = Served(tmp_path)
-    api = make_api(fresh, 100_000)
+    api = make_api(fresh, ApiLimits(max_body_bytes=100_000))
     for fields in ({"user_id": 3}, {"user_id": NOT_A_USER}, {"user_id": 3, "filter": {"name": ""}}):
         answer = call(api, "POST", PATH, json={"request_time_ms": now, "n": 4} | fields)
         assert answer.status_code == 200

@@ -31,6 +31,7 @@ from serve_app.recommend.replay import (
     served_items,
 )
 from serve_app.web.api import make_api
+from serve_app.web.settings import ApiLimits
 from tests.worlds.recommender import LIMITS, Served
 from tests.worlds.web import call
 
@@ -42,7 +43,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture(scope="module")
 def api(served: Served) -> FastAPI:
-    return make_api(served, 100_000)
+    return make_api(served, ApiLimits(max_body_bytes=100_000))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.schemas import Problem, Refusal
 from serve_app.web.api import make_api
+from serve_app.web.settings import ApiIdentity
 from tests.support.exposition import sample
 from tests.worlds.web import RANK, Fixed, call
 
@@ -34,7 +35,7 @@ def log_lines(caplog: pytest.LogCaptureFixture) -> list[dict]:
 def test_a_failure_is_500_to_the_client_in_the_log_and_at_metrics(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    api = make_api(Failing(error), 2_000_000)
+    api = make_api(Failing(error))
     with caplog.at_level(logging.INFO, logger="ray.serve.requests"):
         answer = call(api, "POST", "/v1/rank", json=RANK)
 
@@ -55,7 +56,7 @@ def test_a_failure_is_500_to_the_client_in_the_log_and_at_metrics(
 
 @pytest.mark.parametrize("gone", [asyncio.CancelledError(), ClientDisconnect()])
 def test_a_client_that_went_away_is_no_failure(gone: BaseException) -> None:
-    api = make_api(Failing(gone), 2_000_000)
+    api = make_api(Failing(gone))
     with pytest.raises((asyncio.CancelledError, AssertionError)):  # there is no answer
         call(api, "POST", "/v1/rank", json=RANK)
 
@@ -65,7 +66,7 @@ def test_a_client_that_went_away_is_no_failure(gone: BaseException) -> None:
 
 
 def test_the_document_knows_of_failures() -> None:
-    document = call(make_api(Fixed(), 2_000_000), "GET", "/openapi.json").json()
+    document = call(make_api(Fixed()), "GET", "/openapi.json").json()
     for path, operations in document["paths"].items():
         for operation in operations.values():
             answer = operation["responses"]["500"]["content"]["application/json"]["schema"]
@@ -75,7 +76,7 @@ def test_the_document_knows_of_failures() -> None:
 def test_the_request_id_is_the_clients_where_it_is_a_token(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    api = make_api(Fixed(), 2_000_000)
+    api = make_api(Fixed())
     made = set()
     caplog.set_level(logging.INFO, logger="ray.serve.requests")
     for given, is_token in (
@@ -98,7 +99,7 @@ def test_the_request_id_is_the_clients_where_it_is_a_token(
 
 
 def test_every_answer_has_one_id() -> None:
-    api = make_api(Fixed(), 2_000_000)
+    api = make_api(Fixed())
     asked = [("GET", "/healthz"), ("GET", "/nowhere"), ("GET", "/v1/rank"), ("POST", "/v1/events")]
     for method, path in asked:
         answer = call(api, method, path)
@@ -106,7 +107,7 @@ def test_every_answer_has_one_id() -> None:
 
 
 def test_where_ray_sends_the_id_it_is_not_there_twice() -> None:
-    api = make_api(Fixed(), 2_000_000, id_is_sent=True)
+    api = make_api(Fixed(), identity=ApiIdentity(id_is_sent=True))
     answer = call(api, "GET", "/healthz", headers={"X-Request-Id": "a"})
     assert "X-Request-Id" not in answer.headers
 

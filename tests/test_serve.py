@@ -63,7 +63,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> InProcess:
 
 def call(replica: InProcess, method: str, path: str, **arguments: object) -> httpx.Response:
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(make_api(replica, max_body_bytes=2_000_000))
+        transport = httpx.ASGITransport(make_api(replica))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, **arguments)  # pyright: ignore[reportArgumentType]
 

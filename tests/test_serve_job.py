@@ -38,7 +38,7 @@ def test_what_is_in_flight_is_answered_and_nothing_else_let_in() -> None:
 
     async def main() -> None:
         replica = Waiting()
-        api = make_api(replica, 2_000_000)
+        api = make_api(replica)
         transport = httpx.ASGITransport(api)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             inside = asyncio.create_task(client.post("/v1/rank", json=RANK))

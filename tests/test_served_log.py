@@ -21,6 +21,7 @@ from serve_app.feedback.served_rows import FIXED
 from serve_app.schemas import Refusal
 from serve_app.web.api import make_api
 from serve_app.web.replica import Unavailable
+from serve_app.web.settings import ApiIdentity
 from tests.support.exposition import sample
 from tests.support.patience import wait_until
 from tests.worlds.web import Fixed, call
@@ -54,7 +55,7 @@ class Scored(Fixed):
 
 def api_with(folder: Path, **settings: object):
     wanted = ServedLogSettings(folder=str(folder), **settings)  # pyright: ignore[reportArgumentType]
-    return make_api(Scored(), 2_000_000, served_log=wanted, name="one")
+    return make_api(Scored(), identity=ApiIdentity(name="one"), served_log=wanted)
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -104,7 +105,7 @@ def test_a_request_without_an_answer_is_a_row(tmp_path: Path) -> None:
             raise Unavailable
 
     settings = ServedLogSettings(folder=str(tmp_path))
-    api = make_api(Failing(), 2_000_000, served_log=settings)
+    api = make_api(Failing(), served_log=settings)
     assert call(api, "POST", "/v1/rank", json=ASKED).status_code == 503
     recommended = call(api, "POST", "/v1/recommend", json={"user_id": 4, "trial_key": "k"})
     assert recommended.status_code == 409

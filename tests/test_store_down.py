@@ -78,7 +78,7 @@ def test_ranking_goes_on_from_published_rows_and_says_so(tmp_path: Path) -> None
     log = Breakable(tmp_path / "events.sqlite")
     replica = Whole(tmp_path, log)
     replica.ranker.outage = StoreOutage(lambda: 0.0)  # the pause ends when the test says so
-    api = make_api(replica, 2_000_000)
+    api = make_api(replica)
     before = call(api, "POST", "/v1/rank", json=RANK).json()
     assert call(api, "POST", "/v1/events", json={"events": [CLICK]}).status_code == 200
     with_event = call(api, "POST", "/v1/rank", json=RANK).json()
@@ -142,7 +142,7 @@ def test_broken_pages_of_sqlite_are_an_outage(tmp_path: Path) -> None:
     pages[4096:] = b"\x5a" * (len(pages) - 4096)  # all but the first, which has the schema
     path.write_bytes(pages)
 
-    api = make_api(Whole(tmp_path, SqliteEvents(path)), 2_000_000)
+    api = make_api(Whole(tmp_path, SqliteEvents(path)))
     answer = call(api, "POST", "/v1/rank", json=RANK)
     assert answer.status_code == 200
     assert answer.json()["live_events"] is False

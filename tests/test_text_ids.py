@@ -44,6 +44,7 @@ from serve_app.ranking.rollout import CHAMPION, Rollout
 from serve_app.schemas import Event, RankRequest
 from serve_app.web.api import make_api
 from serve_app.web.page.routes import PageSettings
+from serve_app.web.settings import ApiLimits
 from tests.support.browser import Visit, listening, running_browser
 from tests.worlds.recommender import LIMITS, Served
 from tests.worlds.tiny import DAY_MS, index_model, save_tiny_model, tiny_config
@@ -147,7 +148,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TextServed:
 
 @pytest.fixture(scope="module")
 def api(world: TextServed):
-    return make_api(world, 100_000, max_recommend_users=6)
+    return make_api(world, ApiLimits(max_body_bytes=100_000, max_recommend_users=6))
 
 
 def now(world: TextServed) -> int:
@@ -283,7 +284,9 @@ def test_what_a_server_has_is_said(api) -> None:
 def test_the_page_shows_and_sends_the_text_of_a_request_column(tmp_path: Path) -> None:
     """Of the logs it has codes alone, which it sends and does not show."""
     world = TextServed(publish_world(tmp_path, text=True, text_tab=True), tmp_path)
-    api = make_api(world, 100_000, page=PageSettings(), max_wait_s=60, timeout_s=60)
+    api = make_api(
+        world, ApiLimits(max_body_bytes=100_000, max_wait_s=60, timeout_s=60), page=PageSettings()
+    )
     assert call(api, "GET", "/v1/model").json()["text_features"] == ["tab"]
     codes = {text_code(tab) for tab in TABS}
 
@@ -357,7 +360,7 @@ def test_replayed_requests_are_those_of_clients(world: TextServed) -> None:
 
 def test_posted_exported_built_pruned_and_forgotten(tmp_path: Path) -> None:
     world = TextServed(publish_world(tmp_path, text=True), tmp_path)
-    api, cfg = make_api(world, 100_000), world.cfg
+    api, cfg = make_api(world, ApiLimits(max_body_bytes=100_000)), world.cfg
     when = now(world)
     new = {"user_id": "new user", "item_id": "new item", "event_time": when, "request_id": "r 3"}
     known = new | {"user_id": user_name(3), "item_id": item_name(3)}
@@ -399,7 +402,12 @@ def test_posted_exported_built_pruned_and_forgotten(tmp_path: Path) -> None:
 
 def test_what_is_of_users_is_its_owners_alone(world: TextServed) -> None:
     """Each file by its own mode, or as its folder may not be entered by others."""
-    call(make_api(world, 100_000), "POST", "/v1/events", json={"events": [EVENT]})
+    call(
+        make_api(world, ApiLimits(max_body_bytes=100_000)),
+        "POST",
+        "/v1/events",
+        json={"events": [EVENT]},
+    )
     evaluate_model(world.cfg, world.cfg.model_dir)
     folder = world.cfg.run_dir.parent.parent
     open_to_others = []
@@ -418,7 +426,9 @@ def test_what_is_of_users_is_its_owners_alone(world: TextServed) -> None:
 def test_what_was_served_goes_into_the_logs_by_name(world: TextServed, tmp_path: Path) -> None:
     """Ranked candidates and recommended lists, over HTTP."""
     settings = ServedLogSettings(folder=str(tmp_path / "served"))
-    api = make_api(world, 100_000, max_recommend_users=6, served_log=settings)
+    api = make_api(
+        world, ApiLimits(max_body_bytes=100_000, max_recommend_users=6), served_log=settings
+    )
     who = {"user_id": user_name(1), "request_time_ms": now(world), "request_features": {"tab": 1}}
     items = [{"item_id": item_name(number)} for number in (4, 5)]
     answers = [call(api, "POST", "/v1/rank", json=who | {"candidates": items}).json()]

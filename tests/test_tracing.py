@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from pipeline.config import ConfigError, ServeConfig, UserError
 from serve_app.web.api import make_api
+from serve_app.web.settings import ApiLimits
 from serve_app.web.tracing import TraceContext, make_tracer
 from tests.worlds.web import RANK, Fixed, call
 
@@ -26,7 +27,7 @@ def spans() -> InMemorySpanExporter:
 def api(spans: InMemorySpanExporter):
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(spans))
-    return make_api(Fixed(), 100_000, tracer=provider.get_tracer("test"))
+    return make_api(Fixed(), ApiLimits(max_body_bytes=100_000), tracer=provider.get_tracer("test"))
 
 
 def test_a_trace_goes_on_in_answer_log_and_span(api, spans, caplog):
@@ -67,7 +68,7 @@ def test_what_is_not_sampled_is_passed_on_and_not_kept(api, spans):
 
 
 def test_off_it_is_not_there():
-    off = make_api(Fixed(), 100_000)
+    off = make_api(Fixed(), ApiLimits(max_body_bytes=100_000))
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
     answer = call(off, "POST", "/v1/rank", json=RANK, headers=headers)
     assert "traceparent" not in answer.headers

@@ -24,6 +24,7 @@ from serve_app.app import Ranking
 from serve_app.feedback.served_log import ServedLogSettings
 from serve_app.metrics import exposition_text
 from serve_app.web.api import make_api
+from serve_app.web.settings import ApiIdentity, ApiLimits
 
 NAME = "alone"  # of the one process, in its metrics
 
@@ -51,11 +52,13 @@ async def run_server(cfg: RunConfig, started: Callable[[str], None]) -> None:
     served_log = deployment.served_log_arguments(settings, str(cfg.run_dir / "serving"))
     api = make_api(
         server,
-        settings.max_body_bytes,
-        max_wait_s=settings.max_wait_ms / 1000,
-        timeout_s=settings.request_timeout_s,
+        ApiLimits(
+            max_body_bytes=settings.max_body_bytes,
+            max_wait_s=settings.max_wait_ms / 1000,
+            timeout_s=settings.request_timeout_s,
+        ),
+        identity=ApiIdentity(name=NAME),
         served_log=None if served_log is None else ServedLogSettings(**served_log),
-        name=NAME,
     )
 
     with socket.create_server((settings.host, settings.port)) as listener:

@@ -33,14 +33,13 @@ from serve_app.web.page.routes import PageSettings
 from serve_app.web.protection import (
     OPEN_PATHS,
     Addressee,
-    ApiKeys,
     LocalHosts,
     Protection,
-    RateLimit,
     RequestLog,
 )
 from serve_app.web.replica import Replica
 from serve_app.web.responses import FAILED
+from serve_app.web.settings import ApiAccess, ApiIdentity, ApiLimits
 from serve_app.web.tracing import TraceContext
 
 if TYPE_CHECKING:
@@ -54,63 +53,56 @@ ABOUT = (
 
 def make_api(
     replica: Replica,
-    max_body_bytes: int,
-    keys: ApiKeys | None = None,
-    rate_limit: RateLimit | None = None,
+    limits: ApiLimits = ApiLimits(),
     *,
-    max_wait_s: float = 0.5,
-    timeout_s: float = 10.0,
-    body_timeout_s: float = 2.0,
-    max_candidates: int | None = None,
-    max_history: int | None = None,
-    max_rank_users: int = 100,
-    max_recommend_users: int = 100,
-    id_is_sent: bool = False,
-    hosts: frozenset[str] | None = None,
+    access: ApiAccess = ApiAccess(),
+    identity: ApiIdentity = ApiIdentity(),
     served_log: ServedLogSettings | None = None,
     page: PageSettings | None = None,
     tracer: "Tracer | None" = None,
-    name: str = "ingress",
-    server_id: str | None = None,
 ) -> FastAPI:
     """The API over `replica`; a test passes one of its own, Ray Serve one over a handle.
 
     Args:
         replica: ranks and keeps events.
-        max_body_bytes: HTTP 413 beyond it.
-        keys: who may ask; None is everybody.
-        rate_limit: per key, None is without limit.
-        max_wait_s: work that may lie before a request; HTTP 429 beyond it.
-        timeout_s: from the first byte to the answer; HTTP 504 beyond it.
-        body_timeout_s: until the body is there; HTTP 408 beyond it.
-        max_candidates, max_history, max_rank_users, max_recommend_users: of one request; HTTP 422
-            beyond it. None is as the replica says.
-        id_is_sent: as of `RequestLog`.
-        hosts: names that a request may call this server by; None is all.
         served_log: where what is served is written; None is nowhere.
         page: the page for people at /; None is none.
         tracer: of OpenTelemetry, goes on with the traces of requests; None costs nothing.
-        name: of this ingress, part of the names of files that it writes.
-        server_id: name of the server, in every answer; a request for another one gets HTTP 421.
     """
-    api = _new_app(replica, served_log, name)
-    _set_limits(api, max_candidates, max_history, max_rank_users, max_recommend_users)
-
-    # from the inside out: without a key no work is admitted and no body is waited for
-    api.add_middleware(Admission, max_wait_s=max_wait_s)
-    api.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
-    api.add_middleware(Protection, keys=keys, rate_limit=rate_limit, open_paths=_open_paths(page))
-    api.add_middleware(LocalHosts, hosts=hosts)
-    api.add_middleware(Deadline, timeout_s=timeout_s)
-    api.add_middleware(Draining, gate=api.state.gate)
-    api.add_middleware(Addressee, server_id=server_id)
-    counts = api.state.counts
-    api.add_middleware(RequestLog, metrics=counts, id_is_sent=id_is_sent, server_id=server_id)
+    api = _new_app(replica, served_log, identity.name)
+    _limit_lists(api, limits)
+    _add_layers(api, limits, access, identity, _open_paths(page))
     if tracer is not None:
         api.add_middleware(TraceContext, tracer=tracer)
     add_error_handlers(api)
-    _add_routes(api, page, with_keys=keys is not None)
+    _add_routes(api, page, with_keys=access.keys is not None)
     return api
+
+
+def _add_layers(
+    api: FastAPI,
+    limits: ApiLimits,
+    access: ApiAccess,
+    identity: ApiIdentity,
+    open_paths: tuple[str, ...],
+) -> None:
+    """The layers around the routes; `open_paths` need no key."""
+    # from the inside out: without a key no work is admitted and no body is waited for
+    api.add_middleware(Admission, max_wait_s=limits.max_wait_s)
+    api.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
+    api.add_middleware(
+        Protection, keys=access.keys, rate_limit=access.rate_limit, open_paths=open_paths
+    )
+    api.add_middleware(LocalHosts, hosts=access.hosts)
+    api.add_middleware(Deadline, timeout_s=limits.timeout_s)
+    api.add_middleware(Draining, gate=api.state.gate)
+    api.add_middleware(Addressee, server_id=identity.server_id)
+    api.add_middleware(
+        RequestLog,
+        metrics=api.state.counts,
+        id_is_sent=identity.id_is_sent,
+        server_id=identity.server_id,
+    )
 
 
 def _new_app(replica: Replica, served_log: ServedLogSettings | None, name: str) -> FastAPI:
@@ -139,28 +131,22 @@ def _open_paths(page: PageSettings | None) -> tuple[str, ...]:
     return OPEN_PATHS if page is None else (*OPEN_PATHS, *page_routes.FILE_PATHS)
 
 
-def _set_limits(
-    api: FastAPI,
-    max_candidates: int | None,
-    max_history: int | None,
-    max_rank_users: int,
-    max_recommend_users: int,
-) -> None:
+def _limit_lists(api: FastAPI, limits: ApiLimits) -> None:
     """How long a request's lists may be: for the routes, and for bodies that no schema read yet."""
-    api.state.max_rank_users = max_rank_users
-    api.state.max_recommend_users = max_recommend_users
+    api.state.max_rank_users = limits.max_rank_users
+    api.state.max_recommend_users = limits.max_recommend_users
 
     # as the replica's own refusals name them
     of_rank = []
-    if max_candidates is not None:
-        of_rank.append(PartLimit("candidates", max_candidates, "candidates"))
-    if max_history is not None:
-        of_rank.append(PartLimit("history", max_history, "rows"))
+    if limits.max_candidates is not None:
+        of_rank.append(PartLimit("candidates", limits.max_candidates, "candidates"))
+    if limits.max_history is not None:
+        of_rank.append(PartLimit("history", limits.max_history, "rows"))
 
     api.state.part_limits = {
         "/v1/rank": of_rank,
-        "/v1/rank/batch": [PartLimit("requests", max_rank_users, "users")],
-        "/v1/recommend/batch": [PartLimit("requests", max_recommend_users, "users")],
+        "/v1/rank/batch": [PartLimit("requests", limits.max_rank_users, "users")],
+        "/v1/recommend/batch": [PartLimit("requests", limits.max_recommend_users, "users")],
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from serve_app.web.api import make_api
 from serve_app.web.replica import Replica
+from serve_app.web.settings import ApiLimits
 from tests.support.reference.markdown import anchor, plain, table
 
 Schema = dict[str, Any]
@@ -22,7 +23,7 @@ Where `serve.api_keys_file` is set, every endpoint but the health routes asks fo
 
 def api_document() -> dict[str, Any]:
     """The OpenAPI document. No replica is asked for anything."""
-    return make_api(cast(Replica, None), max_body_bytes=1).openapi()
+    return make_api(cast(Replica, None), ApiLimits(max_body_bytes=1)).openapi()
 
 
 def endpoints(document: dict[str, Any]) -> list[tuple[str, str, Schema]]:
