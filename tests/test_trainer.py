@@ -147,7 +147,9 @@ def test_a_killed_driver_leaves_nothing_and_the_job_started_again_finishes(
     mark = f"DRIVER_TEST={uuid.uuid4()}"
     ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = ours | dict([mark.split("=")])
-    driver = subprocess.Popen(command, env=environment, cwd=ROOT)
+    # Ray's agents go on asking for the cluster that died: not for a minute, which is the default
+    briefly = environment | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+    driver = subprocess.Popen(command, env=briefly, cwd=ROOT)
     try:
         while not has_reached(cfg, step=60):
             assert driver.poll() is None, "the job ended before it was killed"
@@ -161,7 +163,6 @@ def test_a_killed_driver_leaves_nothing_and_the_job_started_again_finishes(
         driver.wait()
         assert not cfg.model_dir.exists()
         subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=PATIENCE_S)
-        # Ray's agents go on asking for the cluster that died, for a minute
         wait_until(lambda: not marked(mark), "the killed job's processes to end")
     finally:
         for pid in marked(mark):
