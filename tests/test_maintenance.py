@@ -7,7 +7,7 @@ import json
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -459,31 +459,16 @@ def test_a_build_that_drifts_is_not_published(built: Path):
     assert build_sequences(cfg, append=True).num_rows > before.num_rows
 
 
-def test_the_job_forgets_what_the_server_and_evaluations_hold(
-    built: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-):
-    cfg = run_in(built)
-    serving = cfg.run_dir / "serving"
-    log = SqliteEvents(serving / "events.sqlite")
-    log.append([Event(user_id=user, item_id=1, event_time=START) for user in (3, 4)])
-    published = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, serving)
-    assert published.sequence(3) is not None
-    predictions = cfg.run_dir / "evaluation" / "predictions" / "test.parquet"
-    predictions.parent.mkdir(parents=True)
-    pq.write_table(pa.table({"user_id": [3, 3, 4], "score.click": [0.1, 0.2, 0.3]}), predictions)
-    beside = cfg.run_dir.parent / "beside"  # trained on the same sequences
-    theirs = beside / "evaluation" / "predictions" / "val.parquet"
-    theirs.parent.mkdir(parents=True)
-    shutil.copy(predictions, theirs)
-    (beside / "model").mkdir()
-    settings = {"name": "beside", "sequences": {"from_run": cfg.name}}
-    (beside / "model" / "config.json").write_text(json.dumps(settings))
-    preset, ids = built / "preset.yaml", built / "ids.txt"
-    preset.write_text(json.dumps(config.to_dict(cfg)))
-    ids.write_text("8\n3\n")
+RunJob = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def forget_user(
+    built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> RunJob:
+    """Runs the job on `built` with these arguments; its exit code and what it said."""
+    preset = built / "preset.yaml"
+    preset.write_text(json.dumps(config.to_dict(run_in(built))))
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["forget_user", "--config", str(preset), *arguments])
@@ -493,14 +478,75 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
             return int(stop.code or 0), capsys.readouterr().err
         return 0, capsys.readouterr().out
 
-    code, out = run("--user", "x", "--dry-run")
-    assert (code, out.startswith("error: a user_id must be an integer")) == (2, True)
-    # an export that has read them would write them once more
+    return run
+
+
+def write_predictions(cfg: RunConfig) -> list[Path]:
+    """Those of two evaluations: of the run's own model, and of one beside it that was trained on
+    the same sequences. Rows of users 3, 3 and 4 each.
+    """
+    own = cfg.run_dir / "evaluation" / "predictions" / "test.parquet"
+    own.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"user_id": [3, 3, 4], "score.click": [0.1, 0.2, 0.3]}), own)
+
+    beside = cfg.run_dir.parent / "beside"
+    theirs = beside / "evaluation" / "predictions" / "val.parquet"
+    theirs.parent.mkdir(parents=True)
+    shutil.copy(own, theirs)
+    (beside / "model").mkdir()
+    settings = {"name": "beside", "sequences": {"from_run": cfg.name}}
+    (beside / "model" / "config.json").write_text(json.dumps(settings))
+    return [own, theirs]
+
+
+def test_the_job_forgets_what_the_server_and_evaluations_hold(
+    built: Path, forget_user: RunJob, caplog: pytest.LogCaptureFixture
+):
+    cfg = run_in(built)
+    serving, predictions = cfg.run_dir / "serving", write_predictions(cfg)
+    log = SqliteEvents(serving / "events.sqlite")
+    for user in (3, 4, ABSENT + 1):  # of the last one there is no other row
+        log.append([Event(user_id=user, item_id=1, event_time=START)])
+    published = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, serving)
+    assert published.sequence(3) is not None
+
+    ids = built / "ids.txt"
+    ids.write_text(f"8\n3\n{ABSENT + 2}\n")
+    users = [f"--user={user}" for user in (3, ABSENT, ABSENT + 1)]
+    code, out = forget_user(*users, "--users-file", str(ids), "--dry-run")
+    assert (code, "not_in_sequences: 3" in out) == (0, True)
+
+    code, out = forget_user(*users, "--users-file", str(ids))
+    assert code == 0
+    assert out.startswith("users=5 unknown=2 removed: sequences=")
+    for what in ("posted_events=2", "copies_of_the_server=1", "predictions=4"):
+        assert what in out
+    said = f"posted events: --user '{ABSENT}', line 3 of {ids}. Is the id as the logs have it?"
+    assert said in caplog.text
+
+    assert (log.of_user(3), len(log.of_user(4))) == ([], 1)
+    for file in predictions:
+        assert pq.read_table(file)["user_id"].to_pylist() == [4]
+    again = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, serving)
+    assert (again.sequence(3), again.sequence(8)) == (None, None)
+    assert again.sequence(4) is not None
+    assert len(list(serving.glob("sequences-*"))) == 1
+
+    # who was forgotten before is known, and nothing is left of them
+    caplog.clear()
+    code, out = forget_user("--user", "3")
+    assert (code, out.startswith("users=1 unknown=0 "), caplog.text) == (0, True, "")
+
+
+def test_no_export_reads_while_users_are_forgotten(
+    built: Path, forget_user: RunJob, monkeypatch: pytest.MonkeyPatch
+):
+    """One that has read them would write them once more."""
+    lock = live_log_dir(run_in(built).run_dir) / ".export.lock"
     forget = maintenance.forget_users
     may_export: list[bool] = []
 
     def forget_and_look(*arguments):
-        lock = live_log_dir(cfg.run_dir) / ".export.lock"
         with lock.open() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -511,38 +557,24 @@ def test_the_job_forgets_what_the_server_and_evaluations_hold(
         return forget(*arguments)
 
     monkeypatch.setattr(maintenance, "forget_users", forget_and_look)
-    log.append([Event(user_id=ABSENT + 1, item_id=1, event_time=START)])  # no row but this
-    more = [f"--user={user}" for user in (3, ABSENT, ABSENT + 1)]
-    ids.write_text(f"8\n3\n{ABSENT + 2}\n")
-    code, out = run(*more, "--users-file", str(ids), "--dry-run")
-    assert (code, "not_in_sequences: 3" in out) == (0, True)
-    code, out = run(*more, "--users-file", str(ids))
+    code, _ = forget_user("--user", "3")
     assert (code, may_export) == (0, [False])
-    assert out.startswith("users=5 unknown=2 removed: sequences=")
-    said = f"posted events: --user '{ABSENT}', line 3 of {ids}. Is the id as the logs have it?"
-    assert said in caplog.text
-    caplog.clear()
-    for what in ("posted_events=2", "copies_of_the_server=1", "predictions=4"):
-        assert what in out
-    assert (log.of_user(3), len(log.of_user(4))) == ([], 1)
-    for file in (predictions, theirs):
-        assert pq.read_table(file)["user_id"].to_pylist() == [4]
-    again = PublishedSequences(cfg.sequence_dir, cfg.source, cfg.features, serving)
-    assert (again.sequence(3), again.sequence(8)) == (None, None)
-    assert again.sequence(4) is not None
-    assert len(list(serving.glob("sequences-*"))) == 1
-    code, out = run("--user", "3")
-    assert (code, out.startswith("users=1 unknown=0 "), caplog.text) == (0, True, "")
-    assert run() == (2, "error: nobody to forget: give --user or --users-file\n")
+
+
+def test_ids_that_the_job_cannot_read_are_named(built: Path, forget_user: RunJob):
+    code, err = forget_user("--user", "x", "--dry-run")
+    assert (code, err.startswith("error: a user_id must be an integer")) == (2, True)
+    assert forget_user() == (2, "error: nobody to forget: give --user or --users-file\n")
+
+    ids = built / "ids.txt"
     ids.write_text("8 x")
-    assert run("--users-file", str(ids)) == (
-        2,
-        "error: a user_id must be an integer from 0 to 2**63 - 1, got 'x'\n",
-    )
-    code, err = run("--users-file", str(built / "none.txt"))
+    rule = "a user_id must be an integer from 0 to 2**63 - 1, got 'x'"
+    assert forget_user("--users-file", str(ids)) == (2, f"error: {rule}\n")
+
+    code, err = forget_user("--users-file", str(built / "none.txt"))
     assert (code, "No such file" in err) == (2, True)
     ids.write_bytes(b"\xff\xfe3")
-    code, err = run("--users-file", str(ids))
+    code, err = forget_user("--users-file", str(ids))
     assert (code, "no text in UTF-8" in err) == (2, True)
 
 
