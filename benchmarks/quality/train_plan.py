@@ -264,81 +264,106 @@ def settings_of(cfg: RunConfig) -> dict[str, Any]:
     return {key: saved[key] for key in keys}
 
 
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a planned run has become."""
+
+    model: LoadedModel
+    digest: str  # of the sequences
+    lines: list[dict[str, float]]  # that training logged
+    parameters: dict[str, int]  # dense and of the tables
+    seconds: dict[str, float]  # prepare and train
+
+
 def carry_out(run: PlannedRun) -> list[dict[str, Any]]:
     """Train and evaluate one run, in a process of its own; appends its lines and returns
     them, the run itself first.
     """
     torch.set_num_threads(1)  # the other cores have their own runs
-    began = time.perf_counter()
-    lines: list[dict[str, float]] = []
-    results = []
+    evaluate = replace(run.cfg.evaluate, device=run.device)
     with tempfile.TemporaryDirectory() as folder:
-        cfg = replace(
-            run.cfg, runs_dir=folder, evaluate=replace(run.cfg.evaluate, device=run.device)
-        )
-        cfg.run_dir.mkdir()
-        cfg.sequence_dir.symlink_to(Path(run.store).absolute())
-        digest = store.read_manifest(cfg.sequence_dir).digest
-        maps = fit_features(cfg)
-        loader = run_loader(run, cfg, maps)
-        prepared = time.perf_counter()
-        model = loop.train(
-            cfg,
-            maps,
-            loader,
-            digest,
-            device=run.device,
-            log=lambda step, values: lines.append({"step": step} | values),
-        )
-        trained = time.perf_counter()
-        parameters = {
-            "dense": sum(p.numel() for p in model.parameters())
-            - sum(t.numel() for t in tables(model)),
-            "tables": sum(t.numel() for t in tables(model)),
-        }
-        model.zero_grad(set_to_none=True)
-        loaded = LoadedModel(model.eval(), cfg, maps, {})
-        if run.teaches is not None:
-            plain = TrainLoader(cfg, maps, loader.plan)
-            write_scores(score_training(model, plain, cfg.tasks, run.device), run.teaches)
-        scores = {}  # by name
+        cfg = replace(run.cfg, runs_dir=folder, evaluate=evaluate)
+        trained = train_run(run, cfg)
+        scores = {}  # name -> metrics and seconds
         for way, limits in {"": ServeConfig(), **run.served}.items():
-            scored = replace(loaded, model=copy.deepcopy(loaded.model))
-            as_served(
-                scored.model,
-                replace(limits, int4_tables=limits.int4_tables or cfg.evaluate.int4_tables),
-            )
             name = f"{cfg.name}-{way}" if way else cfg.name
             begin = time.perf_counter()
-            scores[name] = score(run, scored, name), time.perf_counter() - begin
+            metrics = score(run, as_served_copy(trained.model, limits), name)
+            scores[name] = metrics, time.perf_counter() - begin
+
+    results = []
     for name, (metrics, seconds) in scores.items():
-        result = {
-            "name": name,
-            "seed": cfg.seed,
-            "command": f"python -m benchmarks.quality.train_plan {run.plan}",
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "environment": environment(run.device),
-            "sequences": digest,
-            "seconds": {
-                "prepare": round(prepared - began, 2),
-                "train": round(trained - prepared, 2),
-                "evaluate": round(seconds, 2),
-            },
-            "parameters": parameters,
-            "metrics": metrics
-            | {
-                name: mean_over_steps(lines, name)
-                for name in ("train/gflop_per_example", "train/step_ms")
-            },
-            "losses": {
-                line["step"]: round(line["train/loss"], 5)
-                for line in lines[:: max(len(lines) // 20, 1)]
-            },
-            "config": run.settings,
-        }
+        result = describe_run(run, trained, name, metrics, seconds)
         append_run(run.out, result)
         results.append(result)
     return results
+
+
+def train_run(run: PlannedRun, cfg: RunConfig) -> TrainedRun:
+    """Train `cfg`, the run's with a folder of its own. A teacher leaves its scores of the training
+    rows.
+    """
+    began = time.perf_counter()
+    cfg.run_dir.mkdir()
+    cfg.sequence_dir.symlink_to(Path(run.store).absolute())
+    digest = store.read_manifest(cfg.sequence_dir).digest
+    maps = fit_features(cfg)
+    loader = run_loader(run, cfg, maps)
+    prepared = time.perf_counter()
+
+    lines: list[dict[str, float]] = []
+    log = lambda step, values: lines.append({"step": step} | values)
+    model = loop.train(cfg, maps, loader, digest, device=run.device, log=log)
+    trained = time.perf_counter()
+
+    of_tables = sum(table.numel() for table in tables(model))
+    of_all = sum(parameter.numel() for parameter in model.parameters())
+    model.zero_grad(set_to_none=True)
+    loaded = LoadedModel(model.eval(), cfg, maps, {})
+    if run.teaches is not None:
+        plain = TrainLoader(cfg, maps, loader.plan)
+        write_scores(score_training(model, plain, cfg.tasks, run.device), run.teaches)
+    return TrainedRun(
+        model=loaded,
+        digest=digest,
+        lines=lines,
+        parameters={"dense": of_all - of_tables, "tables": of_tables},
+        seconds={"prepare": prepared - began, "train": trained - prepared},
+    )
+
+
+def as_served_copy(loaded: LoadedModel, limits: ServeConfig) -> LoadedModel:
+    """The model as a server with these limits has it; `loaded` stays as it is."""
+    served = replace(loaded, model=copy.deepcopy(loaded.model))
+    int4_tables = limits.int4_tables or loaded.cfg.evaluate.int4_tables
+    as_served(served.model, replace(limits, int4_tables=int4_tables))
+    return served
+
+
+def describe_run(
+    run: PlannedRun, trained: TrainedRun, name: str, metrics: Mapping[str, float], seconds: float
+) -> dict[str, Any]:
+    """A line of the plan's file; `seconds` is what the evaluation took."""
+    lines = trained.lines
+    means = {}
+    for logged in ("train/gflop_per_example", "train/step_ms"):
+        means[logged] = mean_over_steps(lines, logged)
+
+    some = lines[:: max(len(lines) // 20, 1)]
+    took = trained.seconds | {"evaluate": seconds}
+    return {
+        "name": name,
+        "seed": run.cfg.seed,
+        "command": f"python -m benchmarks.quality.train_plan {run.plan}",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(run.device),
+        "sequences": trained.digest,
+        "seconds": {of: round(value, 2) for of, value in took.items()},
+        "parameters": trained.parameters,
+        "metrics": {**metrics, **means},
+        "losses": {line["step"]: round(line["train/loss"], 5) for line in some},
+        "config": run.settings,
+    }
 
 
 def run_loader(run: PlannedRun, cfg: RunConfig, maps: FeatureMaps) -> TrainLoader:
