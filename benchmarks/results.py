@@ -140,7 +140,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     ),
     "train_job": lambda: train_job.section(train_job.read_runs()),
     "serve_gpu": lambda: gpu_replica.section(*runs_read("serve_gpu_h100")),
-    "serve_gpu_load": lambda: gpu_load.section(*runs_read("serve_gpu_load")),
+    "serve_gpu_load": lambda: gpu_load.section(gpu_load.read_runs()),
 }
 
 

@@ -3,19 +3,26 @@
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from benchmarks.training.train_job import (
     SIZES,
     TINY,
     JobCase,
+    Trained,
+    at_once,
+    compare,
     descendants,
     job_config,
     section,
+    speeds_alone,
     steady_speed,
     zipf_quantiles,
 )
@@ -104,7 +111,10 @@ def test_the_ratio_is_to_the_faster_run_of_one_worker() -> None:
             "1 worker": case(1, 50.0),
             "2 workers": case(2, 95.0),
             "1 worker, CUDA graphs": case(1, 47.5),
-            "2 workers, one of them killed": case(2, 90.0, furthest_loss=0.0),
+            "2 workers, CUDA graphs": case(2, 96.0, furthest_loss=1e-6),
+            "2 workers, one of them killed": case(
+                2, 90.0, furthest_loss=0.0, furthest_weight=0.0, weight_rms=0.0
+            ),
         },
     }
     without = {**run, "note": "an idle host", "cases": {"2 workers": case(2, 97.5)}}
@@ -112,6 +122,45 @@ def test_the_ratio_is_to_the_faster_run_of_one_worker() -> None:
     assert "| 2 workers | 10.0 | 95 | **1.90x** | 1.0% | 0.2% | 0 | 150 | 40 |" in text
     assert "| 2 workers | 10.0 | 98 | **1.95x** † | 1.0% |" in text
     assert "`it` (an idle host): a GPU, 16 cores" in text
-    assert "within 0.0e+00 of the unbroken run's" in text
+    assert "within 0.0e+00 of the plain job's, the model's weights within 0.0e+00" in text
     assert "12 s" in text
     assert "| 2 workers, one of them killed" not in text
+
+    # of graphs both the speed and the distance are told
+    assert "| 2 workers, CUDA graphs | 10.0 | 96 | **1.92x** |" in text
+    assert (
+        "2 workers, CUDA graphs: Losses of all lines are within 1.0e-06 of the plain job's." in text
+    )
+
+
+def test_a_ratio_is_to_runs_of_as_many_tokens_a_step() -> None:
+    def run(events: int, workers: int, tokens_per_s: float) -> dict[str, Any]:
+        case = {"workers": workers, "tokens_per_s": tokens_per_s}
+        return {"sizes": {"events": events}, "cases": {"case": case}}
+
+    runs = [run(65_536, 2, 90.0), run(65_536, 1, 50.0), run(262_144, 1, 70.0)]
+    assert speeds_alone(runs[0], runs) == [50.0]
+
+
+def test_jobs_that_are_broken_off_run_beside_each_other_and_others_alone() -> None:
+    plain, graphs = JobCase(2), JobCase(2, cuda_graphs="on")
+    killed, ended, single = JobCase(2, is_killed=True), JobCase(2, ended_by_one=True), JobCase(1)
+    groups = at_once([plain, graphs, killed, ended, single])
+    assert groups == [[plain], [graphs], [killed, ended], [single]]
+
+
+def test_runs_are_compared_by_losses_and_by_the_weights_of_complete_ones(tmp_path: Path) -> None:
+    for name, third in (("plain", 3.0), ("other", 3.5)):
+        (tmp_path / name).mkdir()
+        weights = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[third, 4.0]], np.float32)}
+        save_file(weights, tmp_path / name / "model.safetensors")
+
+    plain = Trained({10: 0.5, 20: 0.4}, tmp_path / "plain", is_complete=True)
+    other = Trained({10: 0.5, 20: 0.41, 30: 9.0}, tmp_path / "other", is_complete=True)
+    found = compare(other, plain)
+    assert found["furthest_loss"] == pytest.approx(0.025)
+    assert found["furthest_weight"] == 0.5
+    assert found["weight_rms"] == 0.25
+
+    assert compare(plain, plain) == {"furthest_loss": 0, "furthest_weight": 0, "weight_rms": 0}
+    assert list(compare(replace(other, is_complete=False), plain)) == ["furthest_loss"]

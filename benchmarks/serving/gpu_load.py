@@ -43,7 +43,7 @@ from pipeline.sequences import build, store
 from serve_app import deployment, load_test
 from serve_app.web.limits import QUIET_S
 
-RUN = RUNS / "serve_gpu_load.json"
+RUN, RAY_RUN = RUNS / "serve_gpu_load.json", RUNS / "serve_gpu_load_ray.json"
 MOST_MS, PERCENTILE = 50.0, 99
 NUM_CANDIDATES, NUM_WARM_USERS = 512, 64
 FIRST_RATE, LEAST_RATE, MOST_RATE, CLOSE_ENOUGH = 20.0, 1.5, 2_000.0, 1.2
@@ -293,8 +293,18 @@ def prepare_users(cfg: RunConfig) -> None:
         build.build_sequences(cfg)
 
 
-def section(run: dict[str, Any]) -> str:
+def read_runs() -> list[dict[str, Any]]:
+    """The loads that were measured: of one process, and of Ray Serve's."""
+    return [read_run(path) for path in (RUN, RAY_RUN) if path.exists()]
+
+
+def section(runs: list[dict[str, Any]]) -> str:
     """What was measured, for RESULTS.md."""
+    return "\n\n".join(["## Load on a GPU over HTTP", *(run_text(run) for run in runs)])
+
+
+def run_text(run: dict[str, Any]) -> str:
+    """One server's load."""
     machine = run["environment"]
     rows = []
     for name in ("warm", "cold"):
@@ -314,7 +324,7 @@ def section(run: dict[str, Any]) -> str:
         said += f" {run['note']}."
     header = ["histories", "requests/s", "p50 / p99, ms", "ranker's pass", "wait for passes"]
     header += ["the rest of the server", "refused or failed"]
-    return "\n\n".join(["## Load on a GPU over HTTP", said, table(header, rows)])
+    return "\n\n".join([said, table(header, rows)])
 
 
 def _cells(trial: dict[str, Any] | None) -> list[str]:
@@ -350,11 +360,11 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="make the users and end")
     parser.add_argument("--without-ray", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--out", type=Path, default=RUN)
+    parser.add_argument("--out", type=Path, help="default: of `runs`, by the server")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
     if options.report:
-        write_section("serve_gpu_load", section(read_run(RUN)))
+        write_section("serve_gpu_load", section(read_runs()))
         return
 
     logging.basicConfig(level=logging.WARNING)
@@ -369,8 +379,9 @@ def main() -> None:
     if options.set:
         run["command"] += " --set " + " ".join(options.set)
     starting = server_alone(settings) if options.without_ray else server_on_ray(cfg)
+    out = options.out or (RUN if options.without_ray else RAY_RUN)
     with starting as url:
-        measure(url, Asker.of_store(cfg.sequence_dir), options.out, run)
+        measure(url, Asker.of_store(cfg.sequence_dir), out, run)
 
 
 def _describe(cfg: RunConfig, device: str, without_ray: bool) -> dict[str, Any]:

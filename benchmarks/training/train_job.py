@@ -14,8 +14,12 @@ Histories have Zipf lengths, every file of the store the same ones, so that the 
 parts as they do with many users. Steps count tokens, as many for each worker however many there
 are, and are dealt so that all hold equally many (`train.stochastic_length.balance`). A job is a
 process of its own with a Ray cluster of its own; speed is read from the lines of its metrics.jsonl,
-all but those of its first steps. In one case one worker is killed in the middle (SIGKILL), and Ray
-Train starts all of them again from the newest checkpoint.
+all but those of its first steps.
+
+Losses and weights of some jobs are held against those of the plain job of as many workers: with
+CUDA graphs; with one worker killed in the middle (SIGKILL), after which Ray Train starts all of
+them again from the newest checkpoint; asked to end (SIGTERM) and gone on with by a single worker.
+The last two run at once, and no speed is read from them.
 """
 
 import argparse
@@ -27,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
@@ -35,6 +40,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from safetensors.numpy import load_file
 
 from benchmarks.machine import environment
 from benchmarks.report import RUNS, table, write_run, write_section
@@ -50,11 +56,15 @@ from pipeline.train.metrics import METRICS, MetricsLine, parse_line
 LOG_EVERY = 10
 WARM_STEPS = 50  # in which kernels are compiled and memory grows
 CHECKPOINT_EVERY = 50
-KILLED_AFTER = 70  # steps
+BROKEN_AFTER = 70  # steps, of a job whose worker is killed or that is asked to end
 SHORTEST = 64  # part of the longest history that the shortest has
-STORE = "train_job_store"
+STORE, WEIGHTS = "train_job_store", "model.safetensors"
+ENDED = 143  # exit code of a job that SIGTERM has ended
+KILLED, ENDED_BY_ONE = BROKEN = ("one of them killed", "then 1 worker")  # ends of cases' names
 IDLE_RUN, SHARED_RUN = RUNS / "train_job.json", RUNS / "train_job_shared_host.json"
+SMALL_RUN = RUNS / "train_job_65536.json"  # of smaller steps, with every case
 LOOK_EVERY_S = 0.05
+EVENTS = 262_144  # of a worker's step, unless said otherwise
 # options that a run is told by
 SIZES = ("events", "length", "users", "files", "layers", "heads", "width", "balance")
 
@@ -66,12 +76,35 @@ class JobCase:
     workers: int
     cuda_graphs: str = "off"  # train.cuda_graphs
     is_killed: bool = False  # one of its workers, once
+    ended_by_one: bool = False  # asked to end, and gone on with by a job of one worker
 
     @property
     def name(self) -> str:
-        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
-        graphs = "" if self.cuda_graphs == "off" else ", CUDA graphs"
-        return f"{workers}{graphs}{', one of them killed' if self.is_killed else ''}"
+        told = ["1 worker" if self.workers == 1 else f"{self.workers} workers"]
+        if self.cuda_graphs != "off":
+            told.append("CUDA graphs")
+        if self.is_killed:
+            told.append(KILLED)
+        if self.ended_by_one:
+            told.append(ENDED_BY_ONE)
+        return ", ".join(told)
+
+    @property
+    def is_broken(self) -> bool:
+        return self.is_killed or self.ended_by_one
+
+    @property
+    def is_plain(self) -> bool:
+        return not self.is_broken and self.cuda_graphs == "off"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a job has left behind."""
+
+    losses: dict[int, float]  # by the step of a line
+    model_dir: Path
+    is_complete: bool  # it ended by itself
 
 
 def zipf_quantiles(num: int, longest: int) -> np.ndarray:
@@ -112,7 +145,7 @@ def job_config(case: JobCase, folder: Path, options: argparse.Namespace) -> RunC
         loader_process=True,
         loader_threads=2,
         log_every=LOG_EVERY,
-        checkpoint_every=CHECKPOINT_EVERY if case.is_killed else 10_000,
+        checkpoint_every=CHECKPOINT_EVERY if case.is_broken else 10_000,
     )
     return replace(base, model=like.model, train=train)
 
@@ -125,39 +158,67 @@ def with_epochs(cfg: RunConfig, steps: int) -> RunConfig:
     return replace(cfg, train=replace(cfg.train, epochs=epochs))
 
 
-def run_job(case: JobCase, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A training: its speed once it is warm, and its losses. A job whose time is up is asked to
-    end, and what it has trained counts.
+def run_job(
+    case: JobCase, folder: Path, options: argparse.Namespace
+) -> tuple[dict[str, Any], Trained]:
+    """A training: its speed once it is warm, and what it leaves behind. A job whose time is up is
+    asked to end, and what it has trained counts.
 
     Raises:
         RuntimeError: the job ended with an error, or its time before it was warm; says the end of
         its log.
     """
     cfg = with_epochs(job_config(case, folder, options), options.steps)
+    begin = time.monotonic()
+    if case.ended_by_one:
+        run_part(case, cfg, folder, options)
+        cfg = replace(cfg, train=replace(cfg.train, num_workers=1))
+        code = run_part(replace(case, ended_by_one=False), cfg, folder, options)
+    else:
+        code = run_part(case, cfg, folder, options)
+
+    lines = read_lines(cfg.train_dir / METRICS)
+    seconds = None if code is None else time.monotonic() - begin
+    losses = {line.step: line.values["train/loss"] for line in lines}
+    found = steady_speed(lines) | {"workers": case.workers, "seconds": seconds}
+    return found, Trained(losses, cfg.model_dir, is_complete=code == 0)
+
+
+def run_part(
+    case: JobCase, cfg: RunConfig, folder: Path, options: argparse.Namespace
+) -> int | None:
+    """A job from its start to its end: its exit code, None of one whose time was up.
+
+    Raises:
+        RuntimeError: as `run_job` says, or the job to be broken off was complete before.
+    """
     preset = folder / f"{cfg.name}.yaml"
     preset.write_text(yaml.safe_dump(config.to_dict(cfg)))
-    begin = time.monotonic()
-    with (folder / f"{cfg.name}.log").open("w+") as log:
+    metrics = cfg.train_dir / METRICS
+    expected = (0, None)
+    with (folder / f"{cfg.name}.log").open("a+") as log:
         command = [sys.executable, "-m", "jobs.train", "--config", str(preset), "--no-tracking"]
         job = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
+            if case.is_broken:
+                await_step(job, metrics, BROKEN_AFTER)
             if case.is_killed:
-                kill_worker(job, cfg.train_dir / METRICS, KILLED_AFTER)
+                kill_worker(job)
+            elif case.ended_by_one:
+                expected = (ENDED,)
+                job.terminate()
             code = job.wait(options.minutes_a_job * 60)
         except subprocess.TimeoutExpired:
             code = None
         finally:
             end_job(job)
 
-        lines = read_lines(cfg.train_dir / METRICS)
+        lines = read_lines(metrics)
         is_warm = bool(lines) and lines[-1].step > WARM_STEPS
-        if code not in (0, None) or not is_warm:
+        if code not in expected or not is_warm:
             log.seek(0)
             raise RuntimeError(f"{case.name}: exit code {code}\n{log.read()[-6000:]}")
-
-    losses = {line.step: line.values["train/loss"] for line in lines}
-    seconds = None if code is None else time.monotonic() - begin
-    return steady_speed(lines) | {"workers": case.workers, "seconds": seconds, "losses": losses}
+    return code
 
 
 def end_job(job: "subprocess.Popen[bytes]") -> None:
@@ -211,14 +272,17 @@ def steady_speed(lines: Sequence[MetricsLine], warm_steps: int = WARM_STEPS) -> 
     }
 
 
-def kill_worker(job: "subprocess.Popen[bytes]", metrics: Path, step: int) -> None:
-    """Wait until the job has logged `step`, and kill the last of its training workers."""
+def await_step(job: "subprocess.Popen[bytes]", metrics: Path, step: int) -> None:
+    """Wait until the job has logged `step`, or has ended."""
     while job.poll() is None:
         lines = read_lines(metrics)
         if lines and lines[-1].step >= step:
             break
         time.sleep(LOOK_EVERY_S)
 
+
+def kill_worker(job: "subprocess.Popen[bytes]") -> None:
+    """Kill the last of the job's training workers."""
     workers = [pid for pid in descendants(job.pid) if "RayTrainWorker" in command_line(pid)]
     if workers:
         os.kill(workers[-1], signal.SIGKILL)
@@ -255,83 +319,123 @@ def furthest_loss(a: dict[int, float], b: dict[int, float]) -> float:
 
 
 def cases(options: argparse.Namespace) -> list[JobCase]:
-    """All numbers of workers, their steps launched one by one; a killed worker; and CUDA graphs,
-    which several workers have not by themselves.
+    """All numbers of workers, their steps launched one by one and as CUDA graphs, which several
+    workers have not by themselves; the most of them, broken off.
     """
     found = []
     for workers in options.workers:
         found.append(JobCase(workers))
-    most = max(options.workers)
-    if most > 1:
-        found.append(JobCase(most, is_killed=True))
-    if options.device == "cuda":
-        for workers in options.workers:
+        if options.device == "cuda":
             found.append(JobCase(workers, cuda_graphs="auto" if workers == 1 else "on"))
+        if workers == max(options.workers) > 1:
+            found.append(JobCase(workers, is_killed=True))
+            found.append(JobCase(workers, ended_by_one=True))
     return found
 
 
 def measure(options: argparse.Namespace, run: Figures, keep: Callable[[], None]) -> bool:
     """All cases, each kept as soon as it has ended; False where one did not."""
     everything_ran = True
-    losses: dict[int, dict[int, float]] = {}
-    with tempfile.TemporaryDirectory() as name:
+    plain: dict[int, Trained] = {}  # by the number of workers
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as beside:
         folder = Path(name)
         base = bench_config(name=STORE, runs_dir=name)
         lengths = zipf_quantiles(options.users, options.length)
         publish(base.sequence_dir, base, np.tile(lengths, options.files), options.files)
 
-        for case in cases(options):
+        for group in at_once(cases(options)):
             if time.monotonic() > options.end:
-                print(f"left out, no time: {case.name}", flush=True)
-                continue
-            try:
-                found = run_job(case, folder, options)
-            except RuntimeError as error:
-                print(f"FAILED: {error}", flush=True)
-                everything_ran = False
+                print(f"left out, no time: {[case.name for case in group]}", flush=True)
                 continue
 
-            of_case = found.pop("losses")
-            if not case.is_killed:
-                losses.setdefault(case.workers, of_case)
-            elif case.workers in losses:
-                found["furthest_loss"] = furthest_loss(of_case, losses[case.workers])
-            run["cases"][case.name] = found
-            keep()
-            print(case.name, json.dumps(found), flush=True)
+            jobs = {case: beside.submit(run_job, case, folder, options) for case in group}
+            for case, job in jobs.items():
+                try:
+                    found, trained = job.result()
+                except RuntimeError as error:
+                    print(f"FAILED: {error}", flush=True)
+                    everything_ran = False
+                    continue
+
+                if case.is_plain:
+                    plain[case.workers] = trained
+                elif case.workers in plain:
+                    found |= compare(trained, plain[case.workers])
+                run["cases"][case.name] = found
+                keep()
+                print(case.name, json.dumps(found), flush=True)
     return everything_ran
+
+
+def at_once(all_cases: Sequence[JobCase]) -> list[list[JobCase]]:
+    """Cases in groups that run at once: those that are broken off, and all others alone."""
+    groups: list[list[JobCase]] = []
+    for case in all_cases:
+        if case.is_broken and groups and groups[-1][0].is_broken:
+            groups[-1].append(case)
+        else:
+            groups.append([case])
+    return groups
+
+
+def compare(trained: Trained, plain: Trained) -> dict[str, float]:
+    """How far a run strays from another: the largest relative distance of two losses, and, where
+    both are complete, of two weights the largest distance and the root of the mean square.
+    """
+    found = {"furthest_loss": furthest_loss(trained.losses, plain.losses)}
+    if not (trained.is_complete and plain.is_complete):
+        return found
+
+    weights, expected = load_file(trained.model_dir / WEIGHTS), load_file(plain.model_dir / WEIGHTS)
+    assert weights.keys() == expected.keys()
+    furthest = squares = 0.0
+    count = 0
+    for name, weight in weights.items():
+        away = np.abs(weight.astype(np.float64) - expected[name])
+        furthest = max(furthest, float(away.max(initial=0.0)))
+        squares += float(np.square(away).sum())
+        count += weight.size
+    return found | {"furthest_weight": furthest, "weight_rms": (squares / count) ** 0.5}
 
 
 def read_runs() -> list[Figures]:
     """The jobs that were measured; first those of a host that did nothing else."""
-    return [json.loads(path.read_text()) for path in (IDLE_RUN, SHARED_RUN) if path.exists()]
+    return [
+        json.loads(path.read_text()) for path in (IDLE_RUN, SHARED_RUN, SMALL_RUN) if path.exists()
+    ]
 
 
 def section(runs: Sequence[Figures]) -> str:
     """The section of RESULTS.md from one run or more."""
-    alone = []
-    for run in runs:
-        cases = run["cases"].values()
-        alone += [case["tokens_per_s"] for case in cases if case["workers"] == 1]
     text = f"""## Training by the job
 
 `jobs.train` with Ray Train's workers on a published store, histories of Zipf lengths in passes of
 at most 64 targets. Speed is over all steps after the first {WARM_STEPS}. The ratio is to the
-fastest job of one worker, in a run without one (†) to that of the other runs. The whole job begins
-with Ray's start and ends with the published model."""
-    return "\n\n".join([text, *(run_text(run, max(alone, default=None)) for run in runs)])
+fastest job of one worker, in a run without one (†) to that of the other runs of as many tokens a
+step. The whole job begins with Ray's start and ends with the published model."""
+    return "\n\n".join([text, *(run_text(run, speeds_alone(run, runs)) for run in runs)])
 
 
-def run_text(run: Figures, of_others: float | None) -> str:
-    """The jobs of one run; `of_others` is the best tokens/s of one worker in any run."""
+def speeds_alone(run: Figures, runs: Sequence[Figures]) -> list[float]:
+    """Tokens/s of jobs of one worker, in runs of steps as large as those of `run`."""
+    speeds = []
+    for other in runs:
+        if other["sizes"]["events"] == run["sizes"]["events"]:
+            cases = other["cases"].values()
+            speeds += [case["tokens_per_s"] for case in cases if case["workers"] == 1]
+    return speeds
+
+
+def run_text(run: Figures, of_others: Sequence[float]) -> str:
+    """The jobs of one run; `of_others` are tokens/s of one worker in all runs of such steps."""
     machine, found, sizes = run["environment"], run["cases"], run["sizes"]
     dealt = "dealt by tokens" if sizes["balance"] == "dealing" else "cut as they come"
     alone = [case["tokens_per_s"] for case in found.values() if case["workers"] == 1]
-    of_one, mark = (max(alone), "") if alone else (of_others, " †")
+    of_one, mark = (max(alone), "") if alone else (max(of_others, default=None), " †")
 
     rows = []
     for name, case in found.items():
-        if "furthest_loss" in case:
+        if name.endswith(BROKEN):
             continue
         has_ratio = case["workers"] > 1 and of_one is not None
         ratio = f"**{case['tokens_per_s'] / of_one:.2f}x**{mark}" if has_ratio else "–"
@@ -357,15 +461,26 @@ torch {machine["torch"]}, Ray {machine["ray"]}. {sizes["events"]:,} tokens a wor
 d = {sizes["heads"] * sizes["width"]}.
 
 {table(header, rows)}"""
-    killed = [name for name, case in found.items() if "furthest_loss" in case]
-    return "\n\n".join([text, *(killed_text(name, found[name]) for name in killed)])
+    compared = [name for name, case in found.items() if "furthest_loss" in case]
+    return "\n\n".join([text, *(compared_text(name, found[name]) for name in compared)])
 
 
-def killed_text(name: str, case: Figures) -> str:
-    return f"""{name}: by SIGKILL after step {KILLED_AFTER}; Ray Train started all of them again
-from the newest checkpoint, of which there is one every {CHECKPOINT_EVERY} steps. Losses of all
-lines are within {case["furthest_loss"]:.1e} of the unbroken run's; the longest time between two
-lines was {case["longest_gap_s"]:.0f} s."""
+def compared_text(name: str, case: Figures) -> str:
+    """What was done to a job, and how far it ended from the plain one."""
+    every = f"a checkpoint every {CHECKPOINT_EVERY} steps"
+    gap = f"the longest time between two lines was {case['longest_gap_s']:.0f} s"
+    done = ""
+    if name.endswith(KILLED):
+        done = f"""one worker was ended by SIGKILL after step {BROKEN_AFTER}; Ray Train started all
+of them again from the newest checkpoint ({every}; {gap}). """
+    elif name.endswith(ENDED_BY_ONE):
+        done = f"""the job was ended by SIGTERM after step {BROKEN_AFTER}; the same command with one
+worker went on, with as many tokens a step. """
+    told = f"Losses of all lines are within {case['furthest_loss']:.1e} of the plain job's"
+    if "furthest_weight" in case:
+        told += f""", the model's weights within {case["furthest_weight"]:.1e} (root of the mean
+square {case["weight_rms"]:.1e})"""
+    return f"{name}: {done}{told}."
 
 
 TINY = {
@@ -388,7 +503,7 @@ def read_options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--workers", type=int, nargs="+", default=[1, 2])
-    add("--events", type=int, default=262_144, help="tokens of a worker's step")
+    add("--events", type=int, default=EVENTS, help="tokens of a worker's step")
     add("--length", type=int, default=16_384, help="of the longest history")
     add("--users", type=int, default=20, help="of a file of the store")
     add("--files", type=int, default=8, help="of the store")
@@ -416,9 +531,13 @@ def main() -> None:
         write_section("train_job", section(read_runs()))
         return
 
-    workers = " ".join(map(str, options.workers))
+    command = (
+        f"python -m benchmarks.training.train_job --workers {' '.join(map(str, options.workers))}"
+    )
+    if options.events != EVENTS:
+        command += f" --events {options.events}"
     run: Figures = {
-        "command": f"python -m benchmarks.training.train_job --workers {workers}",
+        "command": command,
         "environment": environment(options.device) | {"ray": version("ray")},
         "sizes": {name: getattr(options, name) for name in SIZES},
         "cases": {},
