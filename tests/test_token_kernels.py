@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Backend
-from kernels.frozen_tokens.triton_launch import SwishTile, launch_linear_swish
+from kernels.frozen_tokens.triton_launch import FrozenSwish, SwishTile, launch_linear_swish
 from kernels.layer_norm.op import layer_norm, swish_layer_norm
 from kernels.linear import triton_launch as linear
 from kernels.position_time import triton_launch
@@ -249,7 +249,8 @@ def test_interpreted_linear_map_with_its_gate(
         h = torch.nn.functional.linear(x, w, bias)
         return swish_layer_norm(h, weight, shift, eps=1e-3, backend="torch")
 
-    fast = launch_linear_swish(*given, *norm, 1e-3, SwishTile(16, 32, 4, 1))
+    frozen = FrozenSwish.of(*given[1:], torch.float32)
+    fast = launch_linear_swish(given[0], frozen, *norm, 1e-3, SwishTile(16, 32, 4, 1))
     truth, plain = run(torch.float64), run(torch.float32)
     assert_as_accurate([fast], [plain], [truth], num_terms=max(inputs, outputs))
 

@@ -14,6 +14,7 @@ from benchmarks.gpu import DEVICE, Check, generator, no_waiting, offsets_of, ran
 from benchmarks.kernels.accuracy import find_stray
 from kernels.backend import Backend
 from kernels.frozen_tokens.triton_launch import (
+    FrozenSwish,
     TokenSequences,
     find_token_rows,
     launch_linear_swish,
@@ -346,8 +347,9 @@ def check_linear_swish(rows: int, inputs: int, outputs: int, dtype: torch.dtype)
         x, w, bias, *norm = (x.to(dtype) for x in given)
         return swish_layer_norm(F.linear(x, w, bias), *norm, backend="torch")
 
+    frozen = FrozenSwish.of(*given[1:3], dtype)
     with no_waiting():
-        fast = launch_linear_swish(*given, 1e-5)
+        fast = launch_linear_swish(given[0], frozen, *given[3:], 1e-5)
     return find_stray([fast], [run(dtype)], [run(torch.float64)], num_terms=max(inputs, outputs))
 
 

@@ -36,40 +36,38 @@ def look_up_column(
 def linear_swish(
     x,  # descriptor over [M, K], or a pointer
     w,  # descriptor over [N, K], or a pointer
+    factors,  # likewise over [2 P, K], of `FrozenSwish`
+    shifts,  # float32 [P]
     bias,  # [N]
     norm_weight,  # [N]
     norm_bias,  # [N]
     out,  # [M, N], with TMA a descriptor
-    num_rows, num_outputs, num_inputs, stride_x, stride_w, eps,
+    num_rows, num_outputs, num_inputs, num_factors, stride_x, stride_w, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
     FAST: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """h * sigmoid(norm(h)) of h = x wᵀ + bias, whose rows are too long for a program to hold: they
-    are made twice, for their mean and variance, and to be written. K is a single step.
+    """h * sigmoid(norm(h)) of h = x wᵀ + bias, whose rows are too long for a program to hold: their
+    mean and variance come from a narrower map. K is a single step.
     """
     row = tl.program_id(0) * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
     a = load_tile(x, row, 0, num_rows, num_inputs, stride_x, BLOCK_M, BLOCK_K, TMA)
 
-    # mean and sum of squares around it, joined block by block: no large numbers are subtracted
     mean = tl.zeros((BLOCK_M,), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    for column in range(0, num_outputs, BLOCK_N):
-        columns = column + tl.arange(0, BLOCK_N)
-        valid = columns < num_outputs
-        b = load_tile(w, column, 0, num_outputs, num_inputs, stride_w, BLOCK_N, BLOCK_K, TMA)
-        h = tl.dot(a, b.T, input_precision="ieee")
-        h += tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)[None, :]
+    last = 2 * num_factors
+    for number in tl.range(0, num_factors, BLOCK_N, num_stages=2):
+        numbers = number + tl.arange(0, BLOCK_N)
+        high = load_tile(factors, number, 0, last, num_inputs, num_inputs, BLOCK_N, BLOCK_K, TMA)
+        part = tl.dot(a, high.T, input_precision="ieee")
+        number += num_factors
+        low = load_tile(factors, number, 0, last, num_inputs, num_inputs, BLOCK_N, BLOCK_K, TMA)
+        part = tl.dot(a, low.T, part, input_precision="ieee")
+        part += tl.load(shifts + numbers)[None, :]
 
-        count = tl.minimum(BLOCK_N, num_outputs - column)
-        of_block = tl.sum(h, 1) / count  # what lies outside is 0
-        centred = h - of_block[:, None]
-        if not EVEN:
-            centred = tl.where(valid[None, :], centred, 0.0)
-        shift = of_block - mean
-        part = count / (column + count)
-        squares += tl.sum(centred * centred, 1) + shift * shift * (column * part)
-        mean += shift * part
+        of_mean = (numbers == 0)[None, :]
+        mean += tl.sum(tl.where(of_mean, part, 0.0), 1)
+        squares += tl.sum(tl.where(of_mean, 0.0, part * part), 1)
     rstd = tl.rsqrt(squares / num_outputs + eps)
 
     for column in range(0, num_outputs, BLOCK_N):

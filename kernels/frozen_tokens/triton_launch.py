@@ -12,6 +12,7 @@ from kernels.linear.triton_launch import by_descriptor, is_hopper, matrix_descri
 from kernels.position_time.types import Anchor
 
 TILE = 2048  # numbers that a program of a row kernel holds: 16 a thread
+FACTORS = 64  # a multiple of those of `FrozenSwish`
 FOUND = 256  # tokens whose rows a program finds
 
 
@@ -58,10 +59,41 @@ def launch_look_up(codes_T: Tensor, table_RE: Tensor, out_TE: Tensor) -> None:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenSwish:
+    """A linear map h = x wᵀ + bias and a smaller one, of which the rows of h have their mean and
+    variance.
+
+    With W = [w, bias] less its mean over outputs, and Q R = W: |W [x, 1]| = |R [x, 1]|, a sum of at
+    most K + 1 squares instead of N. The first of the P `factors` makes the mean, those behind it
+    R [x, 1]; the rest are 0. They are kept as two halves, a rounded number and what rounding took
+    from it, because R may be as good as singular.
+    """
+
+    weight: Tensor  # [N, K]
+    bias: Tensor  # float32 [N]
+    factors: Tensor  # [2 P, K]: rounded, and the rest
+    shifts: Tensor  # float32 [P]
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> "FrozenSwish":
+        num_inputs, rounded = weight.shape[1], weight.to(dtype)
+        whole = torch.cat([rounded.double(), bias.double()[:, None]], dim=1)
+        mean = whole.mean(0, keepdim=True)
+        r = torch.linalg.qr(whole - mean, mode="r").R
+
+        num_factors = cdiv(num_inputs + 2, FACTORS) * FACTORS
+        factors = whole.new_zeros(num_factors, num_inputs + 1)
+        factors[0], factors[1 : 1 + len(r)] = mean[0], r
+        shifts = factors[:, -1].float()
+        high = factors[:, :-1].to(dtype)
+        low = (factors[:, :-1] - high.double()).to(dtype)
+        return cls(rounded, bias.float(), torch.cat([high, low]), shifts)
+
+
 def launch_linear_swish(
     x_TK: Tensor,
-    w_NK: Tensor,
-    bias: Tensor,
+    frozen: FrozenSwish,
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float,
@@ -69,25 +101,28 @@ def launch_linear_swish(
 ) -> Tensor:
     """h * sigmoid(LayerNorm(h)) of h = x wᵀ + bias, [T, N] in x's type; K at most `MOST_INPUTS`."""
     num_rows, num_inputs = x_TK.shape
+    w_NK, factors = frozen.weight, frozen.factors
     num_outputs, device = len(w_NK), x_TK.device
-    assert num_inputs <= MOST_INPUTS
+    assert num_inputs <= MOST_INPUTS and FACTORS % tile.outputs == 0
     out = torch.empty(num_rows, num_outputs, dtype=x_TK.dtype, device=device)
     if not num_rows:
         return out
 
     block = max(16, next_power_of_2(num_inputs))
-    operands = x_TK, w_NK, out
+    operands = x_TK, w_NK, factors, out
     tma = is_hopper(device) and all(map(by_descriptor, operands))
-    x, w, made = operands
+    x, w, narrow, made = operands
     if tma:
         x = matrix_descriptor(x_TK, tile.rows, block)
-        w = matrix_descriptor(w_NK, tile.outputs, block)
+        w, narrow = (matrix_descriptor(t, tile.outputs, block) for t in (w_NK, factors))
         made = matrix_descriptor(out, tile.rows, tile.outputs)
     fast = x_TK.dtype.itemsize == 2 and device.type == "cuda"
     launch(
         triton_kernels.linear_swish, cdiv(num_rows, tile.rows),
-        (x, w, bias, norm_weight, norm_bias, made), (num_rows,),
-        (num_outputs, num_inputs, x_TK.stride(0), w_NK.stride(0), eps),
+        (x, w, narrow, frozen.shifts, frozen.bias, norm_weight, norm_bias, made), (num_rows,),
+        (
+            num_outputs, num_inputs, len(frozen.shifts), x_TK.stride(0), w_NK.stride(0), eps,
+        ),
         (tile.rows, tile.outputs, block, tma, fast, num_outputs % tile.outputs == 0),
         device=device, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

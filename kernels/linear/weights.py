@@ -12,24 +12,26 @@ from torch import Tensor
 from kernels.layer_norm.triton_launch import launch_quantize
 
 Form = TypeVar("Form")
-# id of a weight → it, kind → (state of the weight, its form)
+# id of a weight → it, kind → (state of what the form is made of, the form)
 _forms: dict[int, tuple[ref, dict]] = {}
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return (
-        weight if weight.dtype == dtype else _form(weight, dtype, lambda: weight.detach().to(dtype))
-    )
+    if weight.dtype == dtype:
+        return weight
+    return frozen_form(weight, dtype, lambda: weight.detach().to(dtype))
 
 
 def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 [N, K] and its scales, float32 [N]: one for each output."""
-    return _form(weight, "fp8", lambda: launch_quantize(weight.detach()))
+    return frozen_form(weight, "fp8", lambda: launch_quantize(weight.detach()))
 
 
-def _form(weight: Tensor, kind: object, build: Callable[[], Form]) -> Form:
-    """The form, kept from an earlier call if the weight is frozen and was not changed in place
-    since.
+def frozen_form(
+    weight: Tensor, kind: object, build: Callable[[], Form], others: tuple[Tensor, ...] = ()
+) -> Form:
+    """The form, kept from an earlier call if the weight is frozen and neither it nor the `others`
+    that the form is made of were changed in place since.
 
     A weight that requires a gradient is never kept: fused optimizers change it without counting a
     version.
@@ -41,9 +43,14 @@ def _form(weight: Tensor, kind: object, build: Callable[[], Form]) -> Form:
     entry = _forms.get(owner)
     if entry is None or entry[0]() is not weight:
         entry = _forms[owner] = ref(weight, lambda _: _forms.pop(owner, None)), {}
-    state = weight.data_ptr(), weight.device, 0 if weight.is_inference() else weight._version
+    states = [_state(t) for t in (weight, *others)]
 
     found = entry[1].get(kind)
-    if found is None or found[0] != state:
-        found = entry[1][kind] = state, build()
+    if found is None or found[0] != states:
+        # the others are held, so that no new tensor takes their place in memory
+        found = entry[1][kind] = states, build(), others
     return found[1]
+
+
+def _state(weight: Tensor) -> tuple[int, torch.device, int]:
+    return weight.data_ptr(), weight.device, 0 if weight.is_inference() else weight._version

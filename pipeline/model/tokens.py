@@ -189,18 +189,21 @@ class ContentEncoder(nn.Module):
         codes = torch.cat([item_codes, request_codes], dim=1).split(self.sizes, dim=1)
         tables = [self.item_id, *self.item, *self.request]
         dtype, width = unrecorded_dtype(item_codes, self.backend), first.in_features
-        if dtype is None or width % 8 or width > MOST_INPUTS:
+        trained = first.weight.requires_grad or first.bias.requires_grad
+        if dtype is None or trained or width % 8 or width > MOST_INPUTS:
             rows = map(mean_rows, tables, codes)
             return second(gate(first(torch.cat(list(rows), dim=1))))
 
         # where Triton is not installed, CPUs still work
-        from kernels.frozen_tokens.triton_launch import launch_linear_swish
-        from kernels.linear.weights import cast_weight
+        from kernels.frozen_tokens.triton_launch import FrozenSwish, launch_linear_swish
+        from kernels.linear.weights import frozen_form
 
         x_TK = _look_up_all(tables, codes, width, dtype)
-        weight, norm = cast_weight(first.weight, dtype), gate.norm
-        h_TN = launch_linear_swish(x_TK, weight, first.bias, norm.weight, norm.bias, norm.eps)
-        return second(h_TN)
+        linear, norm = (first.weight, first.bias), gate.norm
+        frozen = frozen_form(
+            first.weight, ("swish", dtype), lambda: FrozenSwish.of(*linear, dtype), linear[1:]
+        )
+        return second(launch_linear_swish(x_TK, frozen, norm.weight, norm.bias, norm.eps))
 
 
 def unrecorded_dtype(x: Tensor, backend: Backend) -> torch.dtype | None:

@@ -28,7 +28,16 @@ from kernels.position_time import triton_kernels as position_time
 from kernels.position_time import triton_launch as placing
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-FLOAT32 = {"partial", "scale", "x_scale", "w_scale", "sums", "position_table", "time_table"}
+FLOAT32 = {
+    "shifts",
+    "partial",
+    "scale",
+    "x_scale",
+    "w_scale",
+    "sums",
+    "position_table",
+    "time_table",
+}
 INT64 = {"position", "gap_ms", "third", "ids", "order", "seed_at", "seq_offsets"}
 FLOATS = {"eps", "gain"}
 
@@ -148,7 +157,8 @@ def build_frozen_tokens(arch: int) -> dict[str, dict]:
     swish |= {"TMA": arch == 90, "FAST": True, "EVEN": True}
     of_swish = dict.fromkeys(("bias", "norm_weight", "norm_bias"), "*fp32")
     if arch == 90:
-        boxes = {"x": (tile.rows, inputs), "w": (tile.outputs, inputs)}
+        boxes = {"x": (tile.rows, inputs)}
+        boxes |= dict.fromkeys(("w", "factors"), (tile.outputs, inputs))
         boxes["out"] = tile.rows, tile.outputs
         of_swish |= {name: f"tensordesc<bf16[{m}, {n}]>" for name, (m, n) in boxes.items()}
 
