@@ -108,12 +108,22 @@ def _attention_problem(
     _, q_rows = projected.split_queries(projected.uq)
     make = torch.zeros if zeros else torch.empty
     q = make(num_tokens, q_rows.shape[1], dtype=q_rows.dtype, device=q_rows.device)
-    q.index_copy_(0, index, q_rows)
+    _put_rows(q, index, q_rows)
 
     qkv = q.unflatten(1, (shape.num_heads, -1)), *projected.split_heads(projected.kv)
     scale = shape.attn_alpha, shape.scaling_seq_len
     out_dtype = shape.attended_dtype(q_rows.dtype)
     return attention.find_problem(qkv, plan, *scale, out_dtype=out_dtype)
+
+
+def _put_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Copy rows to the places `index`, where they can in words of 8 bytes: PyTorch copies numbers
+    one by one.
+    """
+    parts = [part for x in (out, rows) for part in (*x.shape[1:], x.stride(0), x.storage_offset())]
+    if all(part * rows.element_size() % 8 == 0 for part in parts):
+        out, rows = out.view(torch.int64), rows.view(torch.int64)
+    out.index_copy_(0, index, rows)
 
 
 def attention_of_rows(projected: RowProjected, plan: TritonPlan, index: Tensor) -> Tensor:
@@ -152,7 +162,8 @@ def attention_backward_rows(
     shape, num_tokens = projected.shape, len(projected.kv)
     problem, operands = _attention_problem(projected, plan, index, zeros=True)
     d_rows = torch.zeros(num_tokens, da.shape[1], dtype=da.dtype, device=da.device)
-    d_heads = d_rows.index_copy_(0, index, da).unflatten(1, (shape.num_heads, -1))
+    _put_rows(d_rows, index, da)
+    d_heads = d_rows.unflatten(1, (shape.num_heads, -1))
     if problem.d_v > shape.d_v:
         d_heads = F.pad(d_heads, (0, problem.d_v - shape.d_v))
 
@@ -236,12 +247,13 @@ class FusedRows(torch.autograd.Function):
         w = uvqk_w.to(dtype)
         d_normed = d_kv @ w[of_rows:]
         d_asking = d_normed.index_select(0, index) + d_uq @ w[:of_rows]
-        d_normed.index_copy_(0, index, d_asking)
+        _put_rows(d_normed, index, d_asking)
         d_uvqk_w = torch.cat([d_uq.T @ normed.index_select(0, index), d_kv.T @ normed])
         d_uvqk_b = torch.cat([sum_u, sum_q, sum_kv])
 
         # the norm, and the residual
-        around = torch.zeros_like(x).index_copy_(0, index, grad)
+        around = torch.zeros_like(x)
+        _put_rows(around, index, grad)
         dx, d_norm_w, d_norm_b, d_out_b = launch_layer_norm_backward(
             d_normed, x, around, norm_w, shape.norm_eps
         )
