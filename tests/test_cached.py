@@ -24,9 +24,8 @@ from pipeline.model.inference.cuda_graph import (
     MOST_REPLAYS,
     GraphedScorer,
     bucket_size,
-    fill_room,
-    make_room,
 )
+from pipeline.model.inference.rooms import fill_room, make_room
 from pipeline.model.tokens import target_mask
 from pipeline.model.work import (
     action_flops,
@@ -235,7 +234,7 @@ def test_room_of_a_buckets_size_holds_a_shorter_history() -> None:
     rows = model.encoder.candidate_rows(candidates)
     torch.testing.assert_close(rows, model.encoder.event_rows(candidates), rtol=0, atol=0)
     padded = torch.cat([rows, torch.full((24, rows.shape[1]), 1e3, dtype=rows.dtype)])
-    out = layer_outputs(model, room, padded, torch.tensor([0, 40]))[:40]
+    out = layer_outputs(model, room.history, padded, torch.tensor([0, 40]))[:40]
     torch.testing.assert_close(
         model.score_rows(out, candidates), model(batch), rtol=1e-6, atol=1e-6
     )
@@ -256,7 +255,9 @@ def test_what_is_not_finite_leaves_the_room_with_its_history() -> None:
     fill_room(room, shorter)
     rows = model.encoder.candidate_rows(candidates)
     broken = torch.full((7, rows.shape[1]), torch.nan, dtype=rows.dtype)
-    out = layer_outputs(model, room, torch.cat([rows, broken]), torch.tensor([0, len(rows)]))
+    out = layer_outputs(
+        model, room.history, torch.cat([rows, broken]), torch.tensor([0, len(rows)])
+    )
     torch.testing.assert_close(
         model.score_rows(out[: len(rows)], candidates), model(batch), rtol=1e-6, atol=1e-6
     )

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.pages.op import copy_pieces
 from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
+from pipeline.model.inference.rooms import Room, fill_room, make_room
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, resident_bytes
 from serve_app.ranking.history_pages import (
     PAGE_BYTES,
     PART_PAGES,
     HistoryPages,
     PagedHistory,
-    count_pages,
 )
 
 
@@ -38,16 +39,17 @@ def assert_equal(found: HistoryCache, whole: HistoryCache) -> None:
         assert torch.equal(mine.v_THV, other.v_THV) and mine.v_THV.dtype == other.v_THV.dtype
 
 
-def test_what_comes_and_goes_is_read_as_it_was_written() -> None:
+@pytest.mark.parametrize("for_rooms", [False, True])
+def test_what_comes_and_goes_is_read_as_it_was_written(for_rooms: bool) -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
-    pages = HistoryPages(64 * PAGE_BYTES + 17)
+    pages = HistoryPages(64 * PAGE_BYTES + 17, for_rooms=for_rooms)
     held: list[tuple[HistoryCache, PagedHistory]] = []
     for _ in range(300):
         rows = int(rng.integers(1, 90))
         dtype = (torch.float32, torch.bfloat16)[rng.integers(2)]
         history = random_history([rows, rows, min(rows, 7)], dtype)
-        while count_pages(history) > pages.num_free:
+        while pages.count_pages(history) > pages.num_free:
             _, oldest = held.pop(0)
             pages.release(oldest)
         held.append((history, written(pages, history)))
@@ -77,8 +79,75 @@ def test_a_history_of_several_parts_is_read_as_it_was_written() -> None:
     torch.manual_seed(1)
     history = random_history([3 * PART_PAGES * PAGE_BYTES // 60 + 1, 5, 5000])
     pages = HistoryPages(2**23)
-    assert count_pages(history) > 5 * PART_PAGES
+    assert pages.count_pages(history) > 5 * PART_PAGES
     assert_equal(pages.read(written(pages, history)), history)
+
+
+@pytest.mark.parametrize("lengths", [[400, 400, 130], [256, 256, 1], [1, 1, 1]])
+def test_a_history_is_copied_into_a_room_of_a_buckets_size(lengths: list[int]) -> None:
+    """From pages that lie anywhere, over what a longer history has left there."""
+    torch.manual_seed(2)
+    pages = HistoryPages(2**20, for_rooms=True)
+    gone, whole = written(pages, random_history([77])), random_history(lengths)
+    longer = random_history([512, 512, 256])
+    room = make_room(longer, (512, 512, 256))
+    fill_room(room, longer)
+
+    pages.release(gone)
+    pages.copy_to(room, written(pages, whole))
+    assert_equal(_counted_rows(room), whole)
+    for place, former, num_rows in zip(room.history.layers, longer.layers, lengths, strict=True):
+        behind = -(-num_rows * 60 // PAGE_BYTES) * PAGE_BYTES // 60 + 1
+        assert torch.equal(place.k_THD[behind:], former.k_THD[behind:])
+
+    fill_room(room, longer)
+    assert_equal(_counted_rows(room), longer)
+
+
+@pytest.mark.parametrize("words", [512, 6])
+@pytest.mark.parametrize("lengths", [[3, 2], [1, 0, 9, 4], [0, 0]])
+def test_the_kernel_copies_the_pages_that_the_reference_does(
+    lengths: list[int], words: int
+) -> None:
+    rng = np.random.default_rng(len(lengths))
+    block = torch.from_numpy(rng.integers(-(2**62), 2**62, (40, words)))
+    pages = torch.from_numpy(rng.permutation(40)[: sum(lengths)])
+    begins = torch.tensor([0, *np.cumsum(lengths).tolist()])
+    places = begins[:-1] + 3 * torch.arange(1, len(lengths) + 1)
+    copied = []
+    for backend in ("triton", "reference"):
+        target = torch.zeros(40, words, dtype=torch.int64)
+        longest = max(lengths)
+        copy_pieces(block, pages, begins, target, places, longest=longest, backend=backend)
+        copied.append(target)
+    assert torch.equal(*copied)
+    assert int((copied[0] != 0).any(1).sum()) == sum(lengths)
+
+
+def _counted_rows(room: Room) -> HistoryCache:
+    layers = []
+    for layer in room.history.layers:
+        num_rows = int(layer.offsets[1])
+        layers.append(LayerCache(layer.k_THD[:num_rows], layer.v_THV[:num_rows], layer.offsets))
+    return HistoryCache(tuple(layers))
+
+
+def test_a_held_entry_keeps_its_pages_until_it_is_released() -> None:
+    caches = HistoryCaches(CacheBudget(3 * PAGE_BYTES + 2**12, for_rooms=True))
+    first, second = random_history([9]), random_history([12])
+    caches.keep_entry(b"first", first)
+    held = caches.hold_entry(b"first")
+    assert held is not None and held.lengths == (9,)
+
+    caches.keep_entry(b"second", second)  # there is no room for both, and this one is read
+    assert_equal(held.read(), first)
+    assert caches.find_entry(b"second") is None
+    caches.release_entries([held])
+    caches.keep_entry(b"second", second)
+    kept = caches.find_entry(b"second")
+    assert kept is not None
+    assert_equal(kept, second)
+    assert (caches.hits, caches.misses) == (2, 1)
 
 
 def test_an_empty_history_takes_no_page() -> None:

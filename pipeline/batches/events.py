@@ -45,6 +45,18 @@ class Events:
         index, offsets = ranges(begin, end)
         return self._pick(index, offsets)
 
+    def slice(self, begin: int, end: int) -> "Events":
+        """The rows `begin..end-1` as one sequence, whose columns are views."""
+        rows = np.s_[begin:end]
+        columns = {name: getattr(self, name)[rows] for name in PLAIN}
+        return Events(
+            offsets=np.array([0, end - begin], np.int64),
+            request=_take_each(self.request, rows),
+            outcomes=_take_each(self.outcomes, rows),
+            dense=None if self.dense is None else self.dense[rows],
+            **columns,
+        )
+
     def keep(self, kept: np.ndarray) -> "Events":
         """The rows where `kept`, bool [N], each in the sequence it was in.
 
@@ -105,7 +117,7 @@ PLAIN = (
 )
 
 
-def _take_each(columns: dict[str, np.ndarray], index: np.ndarray) -> dict[str, np.ndarray]:
+def _take_each(columns: dict[str, np.ndarray], index: np.ndarray | slice) -> dict[str, np.ndarray]:
     return {name: column[index] for name, column in columns.items()}
 
 

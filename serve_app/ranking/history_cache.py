@@ -8,13 +8,15 @@ changes.
 import hashlib
 import threading
 from collections import OrderedDict
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from pipeline.batches.events import Events
 from pipeline.model.inference.cached_scoring import HistoryCache
-from serve_app.ranking.history_pages import PAGE_BYTES, HistoryPages, PagedHistory, count_pages
+from pipeline.model.inference.rooms import PAGE_BYTES, Room
+from serve_app.ranking.history_pages import HistoryPages, PagedHistory
 
 BYTES_PER_MB = 2**20
 # beside the pages: objects, and the place in the dictionary
@@ -27,7 +29,7 @@ def history_key(history: Events, user_codes: np.ndarray) -> bytes:
     """Digest of one sequence: its rows in all columns, and its user's codes, [1, user columns]."""
     digest = hashlib.blake2b(user_codes.tobytes(), digest_size=16)
     for column in _columns_of(history):
-        digest.update(column.tobytes())
+        digest.update(np.ascontiguousarray(column).data)  # its bytes, without a copy of them
     return digest.digest()
 
 
@@ -82,17 +84,17 @@ class CacheBudget:
     For any thread: a shadow ranks in one of its own.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, for_rooms: bool = False) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.pages = HistoryPages(max_bytes)
+        self.pages = HistoryPages(max_bytes, for_rooms=for_rooms)
         self.entries: OrderedDict[tuple[HistoryCaches, bytes], PagedHistory] = OrderedDict()
         self.lock = threading.Lock()
 
     @classmethod
-    def of_mb(cls, max_mb: int) -> "CacheBudget":
-        """Of so many MiB."""
-        return cls(max_mb * BYTES_PER_MB)
+    def of_mb(cls, max_mb: int, *, for_rooms: bool = False) -> "CacheBudget":
+        """Of so many MiB. `for_rooms`: of histories that CUDA graphs read (`hold_entry`)."""
+        return cls(max_mb * BYTES_PER_MB, for_rooms=for_rooms)
 
     def make_room(self, num_bytes: int) -> bool:
         """Evict until so many bytes more are within the budget; False where that cannot be, since
@@ -103,6 +105,24 @@ class CacheBudget:
             owner.forget_entry(key, oldest)
             owner.evictions += 1
         return self.num_bytes + num_bytes <= self.max_bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldHistory:
+    """An entry that stays in its pages until it is released, a `StoredHistory`."""
+
+    pages: HistoryPages
+    entry: PagedHistory
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.entry.layout.lengths
+
+    def copy_to(self, room: Room) -> None:
+        self.pages.copy_to(room, self.entry)
+
+    def read(self) -> HistoryCache:
+        return self.pages.read(self.entry)
 
 
 class HistoryCaches:
@@ -135,6 +155,28 @@ class HistoryCaches:
             self.hits += found is not None
             self.misses += found is None
         return found
+
+    def hold_entry(self, key: bytes) -> HeldHistory | None:
+        """The entry itself, now the most recently used, until `release_entries`; counts a hit or a
+        miss.
+        """
+        budget = self.budget
+        with budget.lock:
+            found = budget.entries.get((self, key))
+            self.hits += found is not None
+            self.misses += found is None
+            if found is None:
+                return None
+            budget.entries.move_to_end((self, key))
+            found.readers += 1
+            return HeldHistory(budget.pages, found)
+
+    def release_entries(self, held: Sequence[HeldHistory]) -> None:
+        """Nobody will read these any more; what was begun on a GPU may be under way still."""
+        with self.budget.lock:
+            for one in held:
+                one.entry.readers -= 1
+                self._give_back(one.entry)
 
     def find_beginning(self, beginning: bytes) -> tuple[bytes, int] | None:
         """The newest entry of a history with this `beginning_key`: its key and its rows."""
@@ -187,7 +229,7 @@ class HistoryCaches:
             rows: of that user's history, by which `find_former` tells what the next one shares.
         """
         budget = self.budget
-        size = resident_bytes(count_pages(entry), len(entry.layers), rows)
+        size = resident_bytes(budget.pages.count_pages(entry), len(entry.layers), rows)
         if size > budget.max_bytes:
             return
 

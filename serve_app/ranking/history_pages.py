@@ -2,6 +2,7 @@
 
     HistoryCache, 5 KB    → `write` → pages 7 and 2 of the block
     pages 7 and 2         → `read`  → the HistoryCache again, in memory of its own
+                          → `copy_to` → the room that a CUDA graph reads
     pages 7 and 2         → `release`, for the next history
 
 Kept one by one in the heap, histories of all lengths leave holes between the tensors of passing
@@ -15,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.pages.op import copy_pieces
 from pipeline.batches.events import Events
 from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
+from pipeline.model.inference.rooms import PAGE_BYTES, Room
 
-PAGE_BYTES = 4096
 WORD = torch.int64  # what is copied at a time: byte by byte it takes four times as long
 PAGE_WORDS = PAGE_BYTES // WORD.itemsize
 ALIGNED_BYTES = 64  # where each tensor begins within its history
@@ -57,9 +59,14 @@ class PagedLayout:
     """
 
     layers: tuple[PagedLayer, ...]
+    lengths: tuple[int, ...]  # rows of each layer
+    # int64: among a history's pages the first one of each tensor, and the number of all; where
+    # several may begin in one page it is of no use
+    begins: Tensor
+    longest: int  # pages of one tensor
 
     @classmethod
-    def of(cls, entry: HistoryCache) -> "PagedLayout":
+    def of(cls, entry: HistoryCache, aligned_bytes: int) -> "PagedLayout":
         """Layers of one length share their offsets, which nothing else holds."""
         offsets: dict[int, Tensor] = {}
         layers = []
@@ -69,7 +76,15 @@ class PagedLayout:
             if len(layer.k_THD) not in offsets:
                 offsets[len(layer.k_THD)] = layer.offsets.clone()
             layers.append(PagedLayer(keys, values, offsets[len(layer.k_THD)]))
-        return cls(tuple(layers))
+
+        begins, longest = [0], 0
+        for layer in layers:
+            for tensor in (layer.keys, layer.values):
+                num_pages = _aligned(tensor.num_bytes, aligned_bytes) // PAGE_BYTES
+                begins.append(begins[-1] + num_pages)
+                longest = max(longest, num_pages)
+        device = entry.layers[0].k_THD.device
+        return cls(tuple(layers), entry.lengths, to_device(np.array(begins), device), longest)
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +93,7 @@ class PagedHistory:
 
     layout: PagedLayout
     pages: np.ndarray  # int32
+    index: Tensor | None  # the same as int64 on a GPU, so that no reader has to bring them there
     readers: int = 0  # that copy it at this moment
     is_evicted: bool = False  # its pages are given back after the last of them
     rows: Events | None = None  # that were encoded, of a user with a long history
@@ -92,14 +108,6 @@ class PagedHistory:
         return self.layout.layers
 
 
-def count_pages(entry: HistoryCache) -> int:
-    """Pages that `entry` takes."""
-    num_bytes = 0
-    for layer in entry.layers:
-        num_bytes += _aligned(layer.k_THD.nbytes) + _aligned(layer.v_THV.nbytes)
-    return -(-num_bytes // PAGE_BYTES)
-
-
 class HistoryPages:
     """A block of `max_bytes`, as pages that are taken and given back.
 
@@ -109,9 +117,13 @@ class HistoryPages:
 
     One thread at a time may take or release pages, as its caller sees to. They may be written and
     read meanwhile: a history of 16,384 rows is 64 MiB, and others would wait for its copy.
+
+    `for_rooms`: each tensor begins with a page, so that `copy_to` copies whole pages.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, for_rooms: bool = False) -> None:
+        self.for_rooms = for_rooms
+        self._aligned_bytes = PAGE_BYTES if for_rooms else ALIGNED_BYTES
         self._num_pages = max_bytes // PAGE_BYTES
         self._block: Tensor | None = None  # [pages, words of a page], where the first history is
         # the next to be taken is the last
@@ -119,9 +131,17 @@ class HistoryPages:
         self.num_free = self._num_pages
         self._layouts: WeakValueDictionary[LayoutKey, PagedLayout] = WeakValueDictionary()
 
+    def count_pages(self, entry: HistoryCache) -> int:
+        """Pages that `entry` takes."""
+        num_bytes = 0
+        for layer in entry.layers:
+            for tensor in (layer.k_THD, layer.v_THV):
+                num_bytes += _aligned(tensor.nbytes, self._aligned_bytes)
+        return -(-num_bytes // PAGE_BYTES)
+
     def take(self, entry: HistoryCache) -> PagedHistory:
         """Pages for `entry`, to be written; there must be enough that are free."""
-        needed = count_pages(entry)
+        needed = self.count_pages(entry)
         assert needed <= self.num_free
         if self._block is None:
             device = entry.layers[0].k_THD.device
@@ -135,9 +155,10 @@ class HistoryPages:
         )
         layout = self._layouts.get(key)
         if layout is None:
-            layout = PagedLayout.of(entry)
+            layout = PagedLayout.of(entry, self._aligned_bytes)
             self._layouts[key] = layout
-        return PagedHistory(layout, taken)
+        index = to_device(taken.astype(np.int64), self._block.device)
+        return PagedHistory(layout, taken, index if index.is_cuda else None)
 
     def write(self, history: PagedHistory, entry: HistoryCache) -> None:
         """Copy `entry` into the pages that were taken for it.
@@ -155,10 +176,19 @@ class HistoryPages:
         for layer in entry.layers:
             for tensor in (layer.k_THD, layer.v_THV):
                 tensors.append((begin, tensor.reshape(-1).view(torch.uint8)))
-                begin += _aligned(tensor.nbytes)
+                begin += _aligned(tensor.nbytes, self._aligned_bytes)
 
         num_bytes = len(history.pages) * PAGE_BYTES
-        part_bytes = num_bytes if block.is_cuda else min(num_bytes, PART_PAGES * PAGE_BYTES)
+        if block.is_cuda:  # a few launches for all tensors
+            whole = torch.empty(num_bytes, dtype=torch.uint8, device=block.device)
+            places = [whole[begin : begin + len(numbers)] for begin, numbers in tensors]
+            numbers = [numbers for _, numbers in tensors]
+            torch._foreach_copy_(places, numbers)  # pyright: ignore[reportPrivateImportUsage]
+            filled = whole.view(WORD).view(-1, PAGE_WORDS)
+            block.index_copy_(0, self._index(history, 0, len(history.pages)), filled)
+            return
+
+        part_bytes = min(num_bytes, PART_PAGES * PAGE_BYTES)
         part = torch.empty(part_bytes, dtype=torch.uint8, device=block.device)
         for first in range(0, num_bytes, part_bytes):
             last = min(first + part_bytes, num_bytes)
@@ -167,9 +197,9 @@ class HistoryPages:
                 if low < high:
                     part[low - first : high - first].copy_(numbers[low - begin : high - begin])
 
-            pages = history.pages[first // PAGE_BYTES : last // PAGE_BYTES]
+            index = self._index(history, first // PAGE_BYTES, last // PAGE_BYTES)
             filled = part[: last - first].view(WORD).view(-1, PAGE_WORDS)
-            block.index_copy_(0, self._index(pages), filled)
+            block.index_copy_(0, index, filled)
 
     def read(self, history: PagedHistory) -> HistoryCache:
         """A copy of what was written, which outlives the pages.
@@ -193,7 +223,7 @@ class HistoryPages:
                 else:
                     part = whole[begin:end]
                 tensors.append(part.view(kept.dtype).view(kept.shape))
-                begin += _aligned(kept.num_bytes)
+                begin += _aligned(kept.num_bytes, self._aligned_bytes)
             keys, values = tensors
             layers.append(LayerCache(keys, values, layer.offsets))
         return HistoryCache(tuple(layers))
@@ -202,9 +232,23 @@ class HistoryPages:
         """The bytes `begin` to `end` of a history, uint8; `begin` is aligned."""
         assert self._block is not None
         first, last = begin // PAGE_BYTES, -(-end // PAGE_BYTES)
-        pages = self._block.index_select(0, self._index(history.pages[first:last]))
+        pages = self._block.index_select(0, self._index(history, first, last))
         skipped = begin - first * PAGE_BYTES
         return pages.view(-1).view(torch.uint8)[skipped : skipped + end - begin]
+
+    def copy_to(self, room: Room, history: PagedHistory) -> None:
+        """Copy what was written into a room, page by page, in one go."""
+        assert self._block is not None and self.for_rooms
+        layout = history.layout
+        copy_pieces(
+            self._block,
+            self._index(history, 0, len(history.pages)),
+            layout.begins,
+            room.buffer.view(WORD).view(-1, PAGE_WORDS),
+            room.first_pages,
+            longest=layout.longest,
+        )
+        room.set_lengths(layout.lengths)
 
     def release(self, history: PagedHistory) -> None:
         """Its pages are free; it cannot be read any more."""
@@ -212,10 +256,20 @@ class HistoryPages:
         self._free[self.num_free : end] = history.pages[::-1]
         self.num_free = end
 
-    def _index(self, pages: np.ndarray) -> Tensor:
-        assert self._block is not None
-        return torch.from_numpy(pages.astype(np.int64)).to(self._block.device)
+    def _index(self, history: PagedHistory, first: int, last: int) -> Tensor:
+        """Some of a history's pages, int64, beside the block."""
+        if history.index is not None:
+            return history.index[first:last]
+        return torch.from_numpy(history.pages[first:last].astype(np.int64))
 
 
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNED_BYTES) * ALIGNED_BYTES
+def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """The numbers on a device; the host does not wait for what a GPU is still at."""
+    there = torch.from_numpy(numbers)
+    if device.type != "cuda":
+        return there
+    return there.pin_memory().to(device, non_blocking=True)
+
+
+def _aligned(num_bytes: int, aligned_bytes: int) -> int:
+    return -(-num_bytes // aligned_bytes) * aligned_bytes

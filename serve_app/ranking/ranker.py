@@ -25,6 +25,7 @@ from pipeline.model.inference.appending import ChangedRows, append_history, chan
 from pipeline.model.inference.cached_scoring import HistoryCache, encode_history
 from pipeline.model.inference.cuda_graph import (
     MOST_REPLAYS,
+    Encoded,
     GraphedScorer,
     bucket_sizes,
     score_together,
@@ -46,6 +47,7 @@ from serve_app.ids import read_id
 from serve_app.ranking.describe import describe_features
 from serve_app.ranking.history_cache import (
     CacheBudget,
+    HeldHistory,
     HistoryCaches,
     beginning_key,
     history_key,
@@ -147,7 +149,9 @@ class Ranker:
         self.index = index
 
         self.device = next(self.model.parameters()).device
-        self.caches = HistoryCaches(budget or CacheBudget.of_mb(limits.cache_mb))
+        if budget is None:
+            budget = CacheBudget.of_mb(limits.cache_mb, for_rooms=limits.cuda_graphs)
+        self.caches = HistoryCaches(budget)
         self.score_candidates = GraphedScorer() if limits.cuda_graphs else score_together
         self.graphed: GraphedModel | None = None  # passes over one user's whole history
         if limits.cuda_graphs and GraphedModel.fits(self.cfg.model):
@@ -452,14 +456,13 @@ class Ranker:
 
     def score_requests(self, prepared: Sequence[PreparedRequest]) -> list[RankedColumns]:
         """Answers to prepared requests, in passes of at most `limits.batch_tokens` tokens."""
-        past = concatenate([one.past for one in prepared])
         targets = concatenate([one.targets for one in prepared])
         users = np.array([one.user_id for one in prepared], np.int64)
 
         if self.cfg.model.cacheable:
-            keys = [one.key for one in prepared]
-            scores = self._score_cached(past, targets, users, keys)
+            scores = self._score_cached(prepared, targets, users)
         else:
+            past = concatenate([one.past for one in prepared])
             scores = self._score_whole(past, targets, users)
 
         answers = []
@@ -469,40 +472,72 @@ class Ranker:
         return answers
 
     def _score_cached(
-        self, past: Events, targets: Events, users: np.ndarray, keys: Sequence[bytes]
+        self, prepared: Sequence[PreparedRequest], targets: Events, users: np.ndarray
     ) -> np.ndarray:
         """Probabilities, float32 [C, tasks].
 
         Histories that are not in the cache are encoded first, each once, then all candidates are
         scored.
         """
-        encoded: dict[bytes, HistoryCache] = {}
-        missing: dict[bytes, int] = {}  # key -> which of `past`
-        for i, key in enumerate(keys):
-            kept = self.caches.find_entry(key)  # of every request, so that each is counted
-            if kept is None:
-                missing[key] = i
-            else:
-                encoded[key] = kept
+        encoded: dict[bytes, Encoded] = {}
+        held: list[HeldHistory] = []
+        missing: dict[bytes, int] = {}  # key -> which of `prepared`
+        try:
+            for i, one in enumerate(prepared):  # of every request, so that each is counted
+                kept = self._find_kept(one.key, held)
+                if kept is None:
+                    missing[one.key] = i
+                else:
+                    encoded[one.key] = kept
 
+            if missing:
+                some = list(missing.values())
+                past = concatenate([prepared[i].past for i in some])
+                keys = {key: place for place, key in enumerate(missing)}
+                encoded.update(self._encode_missing(past, users[some], keys))
+
+            kept_of_each = [encoded[one.key] for one in prepared]
+            lengths = np.array([one.history_length for one in prepared], np.int64)
+            like = prepared[0].past
+            return self._score_encoded(
+                like, lengths, targets, users, kept_of_each, self.score_candidates
+            )
+        finally:
+            self.caches.release_entries(held)
+
+    def _find_kept(self, key: bytes, held: list[HeldHistory]) -> Encoded | None:
+        """The cache's entry: where graphs read it in its pages, noted in `held`, else a copy."""
+        if not self.limits.cuda_graphs:
+            return self.caches.find_entry(key)
+        found = self.caches.hold_entry(key)
+        if found is not None:
+            held.append(found)
+        return found
+
+    def _encode_missing(
+        self, past: Events, users: np.ndarray, missing: dict[bytes, int]
+    ) -> dict[bytes, HistoryCache]:
+        """Encoded histories of `missing` (key -> which of `past`), which are kept from now on."""
         beginnings: dict[bytes, bytes] = {}
-        for key, i in missing.items():
-            beginnings[key] = beginning_key(*self._one_history(past, users, i))
-        appended = self._append(past, users, missing, beginnings)
-        rest = {key: i for key, i in missing.items() if key not in appended}
+        if self.can_append:
+            for key, i in missing.items():
+                beginnings[key] = beginning_key(*self._one_history(past, users, i))
+        encoded = self._append(past, users, missing, beginnings)
+        rest = {key: i for key, i in missing.items() if key not in encoded}
+        encoded.update(self._encode(past, users, rest))
 
-        for key, cache in (*appended.items(), *self._encode(past, users, rest)):
-            encoded[key] = cache
+        for key, cache in encoded.items():
             i = missing[key]
+            if not self.can_append:
+                self.caches.keep_entry(key, cache)
+                continue
             num_rows = int(past.lengths[i])
             only_of = self.only_entry_of(int(users[i]), num_rows)
             rows = None
-            if only_of is not None and self.can_append:
+            if only_of is not None:
                 rows, _ = self._one_history(past, users, i)
             self.caches.keep_entry(key, cache, beginnings[key], num_rows, only_of, rows)
-
-        kept_of_each = [encoded[key] for key in keys]
-        return self._score_encoded(past, targets, users, kept_of_each, self.score_candidates)
+        return encoded
 
     @property
     def can_append(self) -> bool:
@@ -516,22 +551,25 @@ class Ranker:
 
     def _score_encoded(
         self,
-        past: Events,
+        like: Events,
+        lengths: np.ndarray,
         targets: Events,
         users: np.ndarray,
-        encoded: Sequence[HistoryCache],
+        encoded: Sequence[Encoded],
         score: Callable[..., torch.Tensor],
     ) -> np.ndarray:
-        """Probabilities from the encoded history of each sequence, float32 [C, tasks]."""
+        """Probabilities from the encoded history of each sequence, float32 [C, tasks]. `lengths`
+        are those of the histories, whose columns are those of `like`.
+        """
         scores = []
-        for chosen in split_passes(past.lengths + targets.lengths, self.limits.batch_tokens):
-            nothing = _without_rows(past, len(chosen))
+        for chosen in split_passes(lengths + targets.lengths, self.limits.batch_tokens):
+            nothing = _without_rows(like, len(chosen))
             asked = _take_sequences(targets, chosen)
             batch = collate(nothing, asked, users[chosen], self.maps, self.inputs)
             caches = [encoded[i] for i in chosen]
 
             with self.precision():
-                logits = score(self.model, caches, batch.to(self.device), self.limits.micro_batch)
+                logits = score(self.model, caches, batch, self.limits.micro_batch)
             scores.append(logits.sigmoid().cpu().numpy())
         return np.concatenate(scores)
 
@@ -549,7 +587,9 @@ class Ranker:
             encoded = dict(self._encode(history, users[chosen], every))
             in_order = [encoded[key] for key in every]
             scores.append(
-                self._score_encoded(history, asked, users[chosen], in_order, score_together)
+                self._score_encoded(
+                    *(history, history.lengths, asked, users[chosen]), in_order, score_together
+                )
             )
         return np.concatenate(scores)
 

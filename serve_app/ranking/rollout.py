@@ -442,14 +442,16 @@ def load_rollout(
 def _find_shared(limits: ServeConfig, folder: Path, earlier: Rollout | None) -> Shared:
     """What `earlier` hands on, or new where the settings have changed."""
     names = (limits.redis_url, limits.redis_prefix, limits.redis_password_file, limits.cache_mb)
-    settings = json.dumps([*names, str(folder)])
+    passes = (limits.use_gpu, limits.cuda_graphs)  # where encoded histories lie, and how
+    settings = json.dumps([*names, *passes, str(folder)])
     before = None if earlier is None else earlier.shared
     if before is not None and before.settings == settings:
         return before
     # a replica that starts anew in an outage of the store ranks like those that were there before;
     # new settings are an update, which is refused where they do not work
     log = open_events(limits, folder, may_be_down=earlier is None)
-    return Shared(settings, log, CacheBudget.of_mb(limits.cache_mb))
+    budget = CacheBudget.of_mb(limits.cache_mb, for_rooms=limits.cuda_graphs)
+    return Shared(settings, log, budget)
 
 
 def _identity(model: dict[str, Any], user_config: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from kernels.full_softmax import triton_kernels as full
 from kernels.full_softmax.triton_launch import BACKWARD, FORWARD, Blocks
 from kernels.int4_embedding import triton_kernels as int4
 from kernels.jagged import triton_kernels as jagged
+from kernels.pages import triton_kernels as pages
 from kernels.rowwise_adamw import triton_kernels as adamw
 from kernels.sampled_softmax import half_kernels as half
 from kernels.sampled_softmax import triton_kernels as softmax
@@ -35,6 +36,7 @@ POINTERS = {
         "starts",
         "further_key",
         "further_part",
+        *("block", "pages", "begins", "target", "places"),
     },
     "*i16": {"keys"},
     "*i32": {"packed", "ids", "negatives", "first_odd"},
@@ -76,6 +78,7 @@ BUILDS = [
     (jagged.truncate_tail, {"BACKWARD": False, "BLOCK_T": 8, "BLOCK_E": 512}),
     (jagged.truncate_tail, {"BACKWARD": True, "BLOCK_T": 8, "BLOCK_E": 512}),
     (int4.look_up, {"BLOCK_N": 16, "CODE_WORDS": 16}),
+    (pages.copy_pieces, {"BLOCK_P": 4, "BLOCK_W": 512}),
     (adamw.update_rows, {"MOMENTUM": True, "BLOCK_N": 16, "BLOCK_D": 128}),
     (adamw.finish_rows, {"MOMENTUM": True, "BLOCK_N": 16, "BLOCK_C": 64, "BLOCK_D": 128}),
     (adamw.finish_rows, {"MOMENTUM": True, "BLOCK_N": 64, "BLOCK_C": 128, "BLOCK_D": 16}),

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from pipeline.batches.collate import SequenceBatch
 from pipeline.batches.graphs import BatchGraphs, Results
 from pipeline.batches.packing import Packed
-from pipeline.model.inference.cached_scoring import HistoryCache, layer_outputs
+from pipeline.model.inference.cuda_graph import candidate_logits
+from pipeline.model.inference.rooms import Room
 from pipeline.model.ranker import RankingModel
 
 
@@ -37,13 +37,12 @@ def capture_none(self: BatchGraphs, batch: SequenceBatch, packed: Packed) -> Aga
 
 @dataclass
 class CandidatesAgain:
-    """In a graph's place: does the candidates' layers again, on what lies in its room."""
+    """In a graph's place: scores the candidates again, by what lies in its room."""
 
     model: RankingModel
-    room: HistoryCache
-    x_CE: Tensor
-    row_offsets: Tensor
-    out_CE: Tensor
+    room: Room
+    packed: Packed
+    logits: Tensor
     replayed: int = 0
 
     @property
@@ -52,11 +51,12 @@ class CandidatesAgain:
 
     def replay(self) -> None:
         self.replayed += 1
-        self.out_CE.copy_(layer_outputs(self.model, self.room, self.x_CE, self.row_offsets))
+        self.logits.copy_(candidate_logits(self.model, self.room, self.packed))
 
 
-def capture_no_candidates(model: RankingModel, room: HistoryCache, x_CE: Tensor) -> CandidatesAgain:
+def capture_no_candidates(
+    model: RankingModel, room: Room, packed: Packed, like: CandidatesAgain | None
+) -> CandidatesAgain:
     """In place of `cuda_graph._capture`."""
-    offsets = torch.tensor([0, len(x_CE)])
-    out_CE = torch.empty_like(layer_outputs(model, room, x_CE, offsets))
-    return CandidatesAgain(model, room, x_CE, offsets, out_CE)
+    own = Packed(packed.columns, packed.buffer.clone())
+    return CandidatesAgain(model, room, own, candidate_logits(model, room, own).clone())

@@ -47,6 +47,11 @@ class HistoryCache:
     def num_bytes(self) -> int:
         return sum(layer.k_THD.nbytes + layer.v_THV.nbytes for layer in self.layers)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each layer."""
+        return tuple([len(layer.k_THD) for layer in self.layers])
+
     def split_histories(self) -> list["HistoryCache"]:
         """One cache per history.
 

@@ -1,9 +1,11 @@
-"""The candidate pass as CUDA graphs: for a few users' candidates, launching the kernels takes
+"""The candidates' pass as CUDA graphs: for a few users' candidates, launching the kernels takes
 longer than running them.
 
-A graph holds fixed addresses and sizes. So a user's keys and values are copied into room of a
-bucket's size first, the candidates too, and the offsets, which the kernels read on the device, say
-how much of it counts.
+    candidates ──filled up, one copy──▶ the graph's buffer ─┐
+    keys and values ──copy──▶ room of a bucket's size ──────┴─replay─▶ logits of its own rows
+
+A graph holds fixed addresses and sizes, from the candidates' codes to their logits. The offsets,
+which the kernels read on the device, say how much of the room and of the rows counts.
 """
 
 import threading
@@ -15,12 +17,9 @@ import torch
 from torch import Tensor
 
 from pipeline.batches.collate import SequenceBatch
-from pipeline.model.inference.cached_scoring import (
-    HistoryCache,
-    LayerCache,
-    layer_outputs,
-    score_candidates,
-)
+from pipeline.batches.packing import Packed, pack_tensors
+from pipeline.model.inference.cached_scoring import HistoryCache, layer_outputs, score_candidates
+from pipeline.model.inference.rooms import Room, StoredHistory, fill_room, make_room
 from pipeline.model.ranker import RankingModel
 
 FEWEST_ROWS, FEWEST_KEYS = 64, 256  # of a bucket; larger ones are powers of two
@@ -28,14 +27,18 @@ FEWEST_ROWS, FEWEST_KEYS = 64, 256  # of a bucket; larger ones are powers of two
 # host as long as so many replays
 MOST_REPLAYS = 8
 WARM_UPS = 2  # passes before a capture: they compile kernels and make what is kept between passes
+# what candidates without history rows are made of, a row each; `row_offsets` lies beside them
+COLUMNS = ("item_codes", "request_codes", "position", "gap_ms", "dense")
+ROW_OFFSETS = "row_offsets"  # int64 [2]: 0, and how many of the rows count
+
+Encoded = HistoryCache | StoredHistory
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    x_CE: Tensor
-    row_offsets: Tensor  # int64 [2]
-    out_CE: Tensor
+    packed: Packed  # the candidates that it reads
+    logits: Tensor  # float32 [size, tasks]
 
 
 class GraphedScorer:
@@ -48,60 +51,84 @@ class GraphedScorer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rooms: dict[tuple[int, ...], HistoryCache] = {}
+        self._rooms: dict[tuple[int, ...], Room] = {}
         self._graphs: dict[tuple[int, ...], _Graph] = {}
 
     def __call__(
         self,
         model: RankingModel,
-        caches: Sequence[HistoryCache],
+        caches: Sequence[Encoded],
         batch: SequenceBatch,
         micro_batch: int,
     ) -> Tensor:
         """Logits, float32 [C, tasks], of the candidates of the users whose histories are `caches`,
-        in the order of `batch`.
+        in the order of `batch`, which comes from the CPU.
         """
-        if len(caches) > MOST_REPLAYS:
+        host = batch.on_host
+        if len(caches) > MOST_REPLAYS or host.num_tokens == 0:
             return score_together(model, caches, batch, micro_batch)
 
-        x_CE = model.encoder.candidate_rows(batch)
-        bounds = batch.on_host.seq_offsets.tolist()
-        parts: list[Tensor] = []
+        logits: list[Tensor] = []
         with self._lock:
-            for cache, (begin, end) in zip(caches, pairwise(bounds), strict=True):
-                parts += self._score_user(model, cache, x_CE[begin:end], micro_batch)
-        return model.score_rows(torch.cat(parts), batch)
+            for cache, (begin, end) in zip(
+                caches, pairwise(host.seq_offsets.tolist()), strict=True
+            ):
+                logits += self._score_user(model, cache, host, range(begin, end), micro_batch)
+        return torch.cat(logits)
 
     def _score_user(
-        self, model: RankingModel, cache: HistoryCache, x_CE: Tensor, micro_batch: int
+        self,
+        model: RankingModel,
+        cache: Encoded,
+        batch: SequenceBatch,
+        rows: range,
+        micro_batch: int,
     ) -> list[Tensor]:
-        """The transducers' outputs of one user's candidates, in parts."""
-        sizes = tuple(bucket_size(len(layer.k_THD), FEWEST_KEYS) for layer in cache.layers)
+        """Logits of one user's candidates, `rows` of the batch, in parts."""
+        sizes = tuple([bucket_size(length, FEWEST_KEYS) for length in cache.lengths])
         if sizes not in self._rooms:
-            self._rooms[sizes] = make_room(cache, sizes)
+            like = cache if isinstance(cache, HistoryCache) else cache.read()
+            self._rooms[sizes] = make_room(like, sizes)
         room = self._rooms[sizes]
-        fill_room(room, cache)
-        return [self._replay(model, room, sizes, rows) for rows in x_CE.split(micro_batch)]
+        if isinstance(cache, HistoryCache):
+            fill_room(room, cache)
+        else:
+            cache.copy_to(room)
+
+        logits = []
+        for first in range(rows.start, rows.stop, micro_batch):
+            part = range(first, min(first + micro_batch, rows.stop))
+            logits.append(self._replay(model, room, sizes, batch, part))
+        return logits
 
     def _replay(
-        self, model: RankingModel, room: HistoryCache, sizes: tuple[int, ...], rows: Tensor
+        self,
+        model: RankingModel,
+        room: Room,
+        sizes: tuple[int, ...],
+        batch: SequenceBatch,
+        rows: range,
     ) -> Tensor:
-        num_rows = len(rows)
-        key = bucket_size(num_rows, FEWEST_ROWS), *sizes
+        size = bucket_size(len(rows), FEWEST_ROWS)
+        packed = pack_candidates(batch, rows, size, pin_memory=room.buffer.is_cuda)
+        key = size, *sizes
         if key not in self._graphs:
-            self._graphs[key] = _capture(model, room, rows.new_zeros(key[0], rows.shape[1]))
+            # one at a time runs, so they share their memory
+            like = next(iter(self._graphs.values()), None)
+            self._graphs[key] = _capture(model, room, packed, like)
         captured = self._graphs[key]
-        captured.x_CE[:num_rows].copy_(rows)
-        captured.row_offsets[1].fill_(num_rows)
+        captured.packed.buffer.copy_(packed.buffer, non_blocking=True)
         captured.graph.replay()
-        return captured.out_CE[:num_rows].clone()
+        return captured.logits[: len(rows)].clone()
 
 
 def score_together(
-    model: RankingModel, caches: Sequence[HistoryCache], batch: SequenceBatch, micro_batch: int
+    model: RankingModel, caches: Sequence[Encoded], batch: SequenceBatch, micro_batch: int
 ) -> Tensor:
-    """`score_candidates` of the users whose histories are `caches`."""
-    return score_candidates(model, HistoryCache.join_histories(caches), batch, micro_batch)
+    """`score_candidates` of the users whose histories are `caches`, launched."""
+    read = [cache if isinstance(cache, HistoryCache) else cache.read() for cache in caches]
+    there = batch.to(read[0].layers[0].k_THD.device)
+    return score_candidates(model, HistoryCache.join_histories(read), there, micro_batch)
 
 
 def bucket_size(size: int, fewest: int) -> int:
@@ -119,41 +146,62 @@ def bucket_sizes(most_rows: int) -> list[int]:
     return [*found, most_rows]
 
 
-def make_room(like: HistoryCache, sizes: tuple[int, ...]) -> HistoryCache:
-    """Room for one history with `sizes` rows in its layers."""
-    shared: dict[int, Tensor] = {}  # layers that share their offsets go on sharing them
-    layers = []
-    for layer, size in zip(like.layers, sizes, strict=True):
-        keys = layer.k_THD.new_zeros(size, *layer.k_THD.shape[1:])
-        values = layer.v_THV.new_zeros(size, *layer.v_THV.shape[1:])
-        offsets = shared.setdefault(id(layer.offsets), torch.zeros_like(layer.offsets))
-        layers.append(LayerCache(keys, values, offsets))
-    return HistoryCache(tuple(layers))
+def pack_candidates(
+    batch: SequenceBatch, rows: range, size: int, *, pin_memory: bool = False
+) -> Packed:
+    """The columns of some candidates of a batch on the CPU, filled up to `size` rows, and their
+    `row_offsets`.
 
-
-def fill_room(room: HistoryCache, cache: HistoryCache) -> None:
-    """Copy a history into the room, and its lengths.
-
-    Behind it lies what an earlier one left, finite or not: attention reads no number of it.
+        rows 2..4 of       a b c d e      size = 4
+        packed             c d e e        row_offsets 0 3
     """
-    key_places, keys, value_places, values = [], [], [], []
-    lengths: dict[int, tuple[Tensor, int]] = {}
-    for place, kept in zip(room.layers, cache.layers, strict=True):
-        num_rows = len(kept.k_THD)
-        key_places.append(place.k_THD[:num_rows])
-        keys.append(kept.k_THD)
-        value_places.append(place.v_THV[:num_rows])
-        values.append(kept.v_THV)
-        lengths[id(place.offsets)] = place.offsets, num_rows
-
-    torch._foreach_copy_(key_places, keys)  # pyright: ignore[reportPrivateImportUsage]
-    torch._foreach_copy_(value_places, values)  # pyright: ignore[reportPrivateImportUsage]
-    for offsets, num_rows in lengths.values():
-        offsets[1].fill_(num_rows)
+    columns = {}
+    for name in COLUMNS:
+        column = getattr(batch, name)
+        if column is not None:
+            own = column[rows.start : rows.stop]
+            # a row that there is: padding looks up no row of a table that its user does not
+            more = own[-1:].expand(size - len(rows), *own.shape[1:])
+            columns[name] = torch.cat([own, more]) if len(more) else own
+    offsets = torch.tensor([0, len(rows)])
+    return pack_tensors(columns | {ROW_OFFSETS: offsets}, pin_memory=pin_memory)
 
 
-def _capture(model: RankingModel, room: HistoryCache, x_CE: Tensor) -> _Graph:
-    row_offsets = torch.tensor([0, len(x_CE)], device=x_CE.device)
+def candidate_logits(model: RankingModel, room: Room, packed: Packed) -> Tensor:
+    """Logits, float32 [size, tasks], of what `pack_candidates` made, on the room's device; those
+    behind `row_offsets` are of no use.
+    """
+    columns = packed.views()
+    row_offsets = columns.pop(ROW_OFFSETS)
+    batch = _candidate_batch(columns)
+    x_CE = layer_outputs(model, room.history, model.encoder.candidate_rows(batch), row_offsets)
+    return model.score_rows(x_CE, batch)
+
+
+def _candidate_batch(columns: dict[str, Tensor]) -> SequenceBatch:
+    """One sequence of candidates alone, without what candidates have none of."""
+    position = columns["position"]
+    size = len(position)
+    # made on the device: while a graph is recorded nothing may come from the host
+    zeros = torch.zeros(size, dtype=torch.int32, device=position.device)
+    return SequenceBatch(
+        seq_offsets=torch.arange(0, size + 1, size, device=position.device),
+        num_targets=zeros.new_full((1,), size),
+        action_mask=zeros,
+        known_mask=zeros,
+        user_codes=zeros.new_zeros(1, 0),
+        max_seq_len=size,
+        item_codes=columns["item_codes"],
+        request_codes=columns["request_codes"],
+        position=position,
+        gap_ms=columns["gap_ms"],
+        dense=columns.get("dense"),
+    )
+
+
+def _capture(model: RankingModel, room: Room, packed: Packed, like: _Graph | None) -> _Graph:
+    """The graph of candidates of one size; its memory is that of `like`, another graph."""
+    own = Packed(packed.columns, packed.buffer.to(room.buffer.device))
     half = torch.is_autocast_enabled("cuda")
     # Autocast's own copies of weights would be freed with its block, and the graph would go on
     # reading them.
@@ -162,11 +210,11 @@ def _capture(model: RankingModel, room: HistoryCache, x_CE: Tensor) -> _Graph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                layer_outputs(model, room, x_CE, row_offsets)
+                candidate_logits(model, room, own)
         torch.cuda.current_stream().wait_stream(stream)
-        # a change: the list of tiles is made anew, inside the graph
-        row_offsets[1].fill_(len(x_CE))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            out_CE = layer_outputs(model, room, x_CE, row_offsets)
-    return _Graph(graph, x_CE, row_offsets, out_CE)
+        # views of its own: the list of tiles is made anew, inside the graph
+        pool = None if like is None else like.graph.pool()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            logits = candidate_logits(model, room, own)
+    return _Graph(graph, own, logits)

@@ -107,16 +107,25 @@ class GraphedModel:
     ) -> HistoryCache:
         """The caches of the first `num_sequences` sequences, in memory of their own."""
         truncates = self.model_cfg.truncate_after_layer
-        layers = []
+        layers: list[LayerCache] = []
         shared: dict[int, Tensor] = {}  # layers that share their offsets go on sharing them
+        found, own = [], []
         of_layers = zip(results[0::3], results[1::3], results[2::3], strict=True)
         for depth, (keys, values, offsets) in enumerate(of_layers):
             is_kept = truncates is not None and depth >= truncates
             num_rows = own_rows[is_kept]
             if id(offsets) not in shared:
                 shared[id(offsets)] = offsets[: num_sequences + 1].clone()
-            own_keys, own_values = keys[:num_rows].clone(), values[:num_rows].clone()
-            layers.append(LayerCache(own_keys, own_values, shared[id(offsets)]))
+            keys, values = keys[:num_rows], values[:num_rows]
+            layer = LayerCache(
+                torch.empty_like(keys), torch.empty_like(values), shared[id(offsets)]
+            )
+            found += [keys, values]
+            own += [layer.k_THD, layer.v_THV]
+            layers.append(layer)
+
+        # a few launches for all of them
+        torch._foreach_copy_(own, found)  # pyright: ignore[reportPrivateImportUsage]
         return HistoryCache(tuple(layers))
 
 

@@ -1,0 +1,33 @@
+"""Launch of the copy out of pages."""
+
+from torch import Tensor
+
+from kernels.launch import cdiv, launch, next_power_of_2
+from kernels.pages import triton_kernels
+
+PAGES = 4  # of a program: 16 words of 8 bytes a thread, where a page has 512
+
+
+def copy_pieces_triton(
+    block: Tensor,
+    pages: Tensor,
+    begins: Tensor,
+    target: Tensor,
+    places: Tensor,
+    longest: int,
+) -> None:
+    """See `op.copy_pieces`."""
+    if longest == 0:
+        return
+    words = block.shape[1]
+    launch(
+        triton_kernels.copy_pieces,
+        cdiv(longest, PAGES),
+        (block, pages, begins, target, places),
+        (),
+        (words,),
+        (PAGES, next_power_of_2(words)),
+        device=block.device,
+        num_warps=4,
+        columns=len(places),
+    )
