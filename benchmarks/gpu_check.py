@@ -46,6 +46,7 @@ from benchmarks.kernels import (
     tables,
     tables_parity,
 )
+from benchmarks.serving.ranker import parts_of
 from benchmarks.training.model import model_config, random_batch, vocabulary
 from kernels.compilations import compilations_by_kernel
 from pipeline.batches.collate import SequenceBatch
@@ -54,12 +55,18 @@ from pipeline.batches.filling import BatchFiller
 from pipeline.config import RunConfig
 from pipeline.model.encoders.encoder import Encoded
 from pipeline.model.encoders.stu import STU
-from pipeline.model.inference.cached_scoring import HistoryCache, encode_history
+from pipeline.model.inference.cached_scoring import (
+    HistoryCache,
+    encode_history,
+    score_candidates,
+)
+from pipeline.model.inference.cuda_graph import GraphedScorer
 from pipeline.model.inference.graphed_model import GraphedModel
 from pipeline.model.ranker import RankingModel
 from pipeline.train.reinforcement import pass_loss, step_log_shares
 from pipeline.train.trainee import Trainee
 from pipeline.train.waiting import HostNumbers, MessageClock
+from serve_app.ranking.history_cache import CacheBudget, HistoryCaches
 
 SEMI_LOCAL = {
     "attention": {"window": 256, "full_rows": 256},
@@ -219,6 +226,40 @@ def check_graphed_model(settings: dict[str, Any], precision: str = "bf16") -> st
                 return f"values of history {seed} are {difference:.1e} from the launched ones"
     if (graphed._scoring.replayed, graphed._scoring.captured) != (3, 1):
         return f"{graphed._scoring.replayed} passes replayed, {graphed._scoring.captured} recorded"
+    return None
+
+
+def check_kept_history(settings: dict[str, Any], precision: str = "bf16") -> str | None:
+    """Candidates of a history that is kept in pages, scored by a graph: the logits of a launched
+    pass over the encoded history, to the last bit where as many candidates are a graph's size.
+    """
+    torch.use_deterministic_algorithms(False)
+    cfg = model_config({**settings, "dropout": 0.0}, 3, 2, 64)
+    torch.manual_seed(0)
+    maps = vocabulary(cfg)
+    model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).eval().requires_grad_(False)
+    model = model.to(DEVICE)
+    scorer, caches = GraphedScorer(), HistoryCaches(CacheBudget.of_mb(64, for_rooms=True))
+    half = torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16")
+    near = 0.02 if precision == "bf16" else 1e-4
+
+    with torch.no_grad(), half:
+        for seed, (events, num_candidates) in enumerate([(3000, 512), (700, 512), (2500, 300)]):
+            batch = random_batch(cfg, events, events, num_candidates, seed)
+            history, candidates = parts_of(replace(batch, labels=None, label_weight=None))
+            encoded = encode_history(model, history.to(DEVICE))
+            caches.keep_entry(bytes([seed]), encoded)
+            held = caches.hold_entry(bytes([seed]))
+            if held is None:
+                return f"history {seed} was not kept"
+            found = scorer(model, [held], candidates, num_candidates)
+            caches.release_entries([held])
+
+            launched = score_candidates(model, encoded, candidates.to(DEVICE), num_candidates)
+            difference = (found - launched).abs().max().item()
+            allowed = 0.0 if num_candidates == 512 else near
+            if not difference <= allowed:
+                return f"{num_candidates} candidates: {difference:.1e} from the launched pass"
     return None
 
 
@@ -458,6 +499,7 @@ def model_checks() -> list[Check]:
     ]
     graphs: list[Check] = [(check_graphs, TABLED), (check_graphs, SEMI_LOCAL, "fp32")]
     graphs.append((check_graphs, merged))
+    graphs += [(check_kept_history, TABLED), (check_kept_history, SEMI_LOCAL, "fp32")]
     graphs += [(check_graphed_model, TABLED), (check_graphed_model, SEMI_LOCAL, "fp32")]
     graphs += [(check_graphed_model, SEMI_LOCAL | {"fp8": True}), (check_graphed_model, merged)]
     steps: list[Check] = [(check_training,), (check_waiting,), (check_transfer,), (check_beside,)]

@@ -211,14 +211,14 @@ def test_a_long_history_holds_up_nobody_else(
     short = RankColumns(RankHead(history=rows[:50], request_time_ms=now), items, {})
 
     go_on = threading.Event()
-    score = ranker.score_requests
+    begin = ranker.begin_requests
 
-    def score_slowly(prepared):
+    def begin_slowly(prepared):
         if any(one.history_length > 50 for one in prepared):
             assert go_on.wait(PATIENCE_S)
-        return score(prepared)
+        return begin(prepared)
 
-    monkeypatch.setattr(ranker, "score_requests", score_slowly)
+    monkeypatch.setattr(ranker, "begin_requests", begin_slowly)
 
     async def main() -> None:
         slow = [asyncio.create_task(ranking.rank(request)) for request in (posted, sent)]
