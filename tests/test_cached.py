@@ -22,6 +22,7 @@ from pipeline.model.inference.cached_scoring import (
 )
 from pipeline.model.inference.cuda_graph import (
     MOST_REPLAYS,
+    ROWS_A_REPLAY,
     GraphedScorer,
     bucket_size,
 )
@@ -288,6 +289,9 @@ def test_a_few_users_are_replayed_one_after_another(
     assert len(score._rooms) == 2, "of 256 and 512 rows"
     scores_of([9] * (MOST_REPLAYS + 1), [2] * (MOST_REPLAYS + 1))
     assert replays() == 4, "more users are launched together"
+    lengths = [ROWS_A_REPLAY, *[9] * MOST_REPLAYS]
+    scores_of(lengths, [2] * len(lengths))
+    assert replays() == 4 + len(lengths), "unless their histories are long"
 
 
 @pytest.mark.gpu

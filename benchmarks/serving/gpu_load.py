@@ -320,6 +320,11 @@ def run_text(run: dict[str, Any]) -> str:
         "Between the first answer to a request and the second, from the kept history, scores "
         f"differ by {run['largest_difference']:.1e} at most."
     )
+    if "start_s" in run:
+        said += (
+            f" The server had loaded, warmed and recorded everything {run['start_s']:.0f} s after "
+            "its start."
+        )
     if "note" in run:  # of code that has changed since
         said += f" {run['note']}."
     header = ["histories", "requests/s", "p50 / p99, ms", "ranker's pass", "wait for passes"]
@@ -380,7 +385,9 @@ def main() -> None:
         run["command"] += " --set " + " ".join(options.set)
     starting = server_alone(settings) if options.without_ray else server_on_ray(cfg)
     out = options.out or (RUN if options.without_ray else RAY_RUN)
+    begun = time.perf_counter()
     with starting as url:
+        run["start_s"] = round(time.perf_counter() - begun, 1)
         measure(url, Asker.of_store(cfg.sequence_dir), out, run)
 
 

@@ -24,10 +24,10 @@ from pipeline.model.artifact import LoadedModel
 from pipeline.model.inference.appending import ChangedRows, append_history, changed_rows
 from pipeline.model.inference.cached_scoring import HistoryCache, encode_history
 from pipeline.model.inference.cuda_graph import (
-    MOST_REPLAYS,
     Encoded,
     GraphedScorer,
     bucket_sizes,
+    replays_pay,
     score_together,
 )
 from pipeline.model.inference.graphed_model import GraphedModel
@@ -67,6 +67,7 @@ class FoundHistory:
 
     sequence: pa.RecordBatch | None  # None: nobody knows the user
     live_events: bool  # False: the user's posted events should be in it and are not
+    cut: "CutHistory | None" = None  # where whoever found it has cut it as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +404,8 @@ class Ranker:
 
     def cut_history(self, head: RankHead, found: FoundHistory) -> CutHistory:
         """The part of `found` that lies before the request's time."""
+        if found.cut is not None:
+            return found.cut
         sequence = found.sequence
         if sequence is None:
             sequence = sequence_row({}, self.store.columns)
@@ -723,10 +726,11 @@ class Ranker:
     def _encode_together(
         self, past: Events, users: np.ndarray, rows: np.ndarray
     ) -> list[HistoryCache]:
-        """Encoded histories of some of `past`; where there are graphs, a few are replayed one after
-        another, which takes less than launching a pass over all of them.
+        """Encoded histories of some of `past`; where there are graphs, they are replayed one after
+        another if that takes less than launching a pass over all of them.
         """
-        if self.graphed is not None and 1 < len(rows) <= MOST_REPLAYS:
+        num_rows = int(past.lengths[rows].sum())
+        if self.graphed is not None and len(rows) > 1 and replays_pay(len(rows), num_rows):
             caches: list[HistoryCache] = []
             for row in rows:
                 caches += self._encode_together(past, users, np.array([row]))
@@ -777,7 +781,7 @@ class ScoresUnderWay:
     def __init__(self, scores: torch.Tensor) -> None:
         self._scores, self._arrival = scores, None
         if scores.is_cuda:
-            self._scores = torch.empty_like(scores, device="cpu", pin_memory=True)
+            self._scores = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
             self._scores.copy_(scores, non_blocking=True)
             self._arrival = torch.cuda.Event()
             self._arrival.record()

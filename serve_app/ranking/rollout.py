@@ -327,8 +327,15 @@ class ReceivedRequest:
         return self.refusal is None and self.ranker.must_look_up(self.request.head)
 
     def look_up(self) -> FoundHistory:
-        """The request's history, from the event store too; runs beside the ranking thread."""
-        return self.ranker.find_history(self.request.head)
+        """The request's history, from the event store too; runs beside the ranking thread.
+
+        For a GPU it is cut and hashed there as well, which would keep the GPU waiting else.
+        """
+        ranker, head = self.ranker, self.request.head
+        found = ranker.find_history(head)
+        if ranker.device.type != "cuda":
+            return found
+        return replace(found, cut=ranker.cut_history(head, found))
 
     def give_up(self, asked: float) -> FoundHistory:
         """The published history, since the store has not answered `look_up`, begun at `asked`."""
