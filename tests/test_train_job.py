@@ -17,9 +17,9 @@ from benchmarks.training.train_job import (
     TINY,
     JobCase,
     Trained,
-    at_once,
     compare,
     descendants,
+    grouped,
     job_config,
     section,
     speeds_alone,
@@ -132,6 +132,10 @@ def test_the_ratio_is_to_the_faster_run_of_one_worker() -> None:
         "2 workers, CUDA graphs: Losses of all lines are within 1.0e-06 of the plain job's." in text
     )
 
+    beside_others = section([{**run, "at_once": True}])
+    assert "| 2 workers |" not in beside_others
+    assert "2 workers, CUDA graphs: Losses" in beside_others
+
 
 def test_a_ratio_is_to_runs_of_as_many_tokens_a_step() -> None:
     def run(events: int, workers: int, tokens_per_s: float) -> dict[str, Any]:
@@ -139,14 +143,17 @@ def test_a_ratio_is_to_runs_of_as_many_tokens_a_step() -> None:
         return {"sizes": {"events": events}, "cases": {"case": case}}
 
     runs = [run(65_536, 2, 90.0), run(65_536, 1, 50.0), run(262_144, 1, 70.0)]
+    runs.append({**run(65_536, 1, 20.0), "at_once": True})  # beside others
     assert speeds_alone(runs[0], runs) == [50.0]
 
 
 def test_jobs_that_are_broken_off_run_beside_each_other_and_others_alone() -> None:
     plain, graphs = JobCase(2), JobCase(2, cuda_graphs="on")
     killed, ended, single = JobCase(2, is_killed=True), JobCase(2, ended_by_one=True), JobCase(1)
-    groups = at_once([plain, graphs, killed, ended, single])
+    all_cases = [plain, graphs, killed, ended, single]
+    groups = grouped(all_cases, all_at_once=False)
     assert groups == [[plain], [graphs], [killed, ended], [single]]
+    assert grouped(all_cases, all_at_once=True) == [all_cases]
 
 
 def test_runs_are_compared_by_losses_and_by_the_weights_of_complete_ones(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ all but those of its first steps.
 Losses and weights of some jobs are held against those of the plain job of as many workers: with
 CUDA graphs; with one worker killed in the middle (SIGKILL), after which Ray Train starts all of
 them again from the newest checkpoint; asked to end (SIGTERM) and gone on with by a single worker.
-The last two run at once, and no speed is read from them.
+The last two run beside each other, and no speed is read from them. With `--at-once` all cases do.
 """
 
 import argparse
@@ -62,7 +62,7 @@ STORE, WEIGHTS = "train_job_store", "model.safetensors"
 ENDED = 143  # exit code of a job that SIGTERM has ended
 KILLED, ENDED_BY_ONE = BROKEN = ("one of them killed", "then 1 worker")  # ends of cases' names
 IDLE_RUN, SHARED_RUN = RUNS / "train_job.json", RUNS / "train_job_shared_host.json"
-SMALL_RUN = RUNS / "train_job_65536.json"  # of smaller steps, with every case
+AT_ONCE_RUN = RUNS / "train_job_at_once.json"  # all cases beside each other
 LOOK_EVERY_S = 0.05
 EVENTS = 262_144  # of a worker's step, unless said otherwise
 # options that a run is told by
@@ -337,13 +337,13 @@ def measure(options: argparse.Namespace, run: Figures, keep: Callable[[], None])
     """All cases, each kept as soon as it has ended; False where one did not."""
     everything_ran = True
     plain: dict[int, Trained] = {}  # by the number of workers
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as beside:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as beside:
         folder = Path(name)
         base = bench_config(name=STORE, runs_dir=name)
         lengths = zipf_quantiles(options.users, options.length)
         publish(base.sequence_dir, base, np.tile(lengths, options.files), options.files)
 
-        for group in at_once(cases(options)):
+        for group in grouped(cases(options), all_at_once=options.at_once):
             if time.monotonic() > options.end:
                 print(f"left out, no time: {[case.name for case in group]}", flush=True)
                 continue
@@ -367,8 +367,12 @@ def measure(options: argparse.Namespace, run: Figures, keep: Callable[[], None])
     return everything_ran
 
 
-def at_once(all_cases: Sequence[JobCase]) -> list[list[JobCase]]:
-    """Cases in groups that run at once: those that are broken off, and all others alone."""
+def grouped(all_cases: Sequence[JobCase], *, all_at_once: bool) -> list[list[JobCase]]:
+    """Cases in groups that run at once: all of them, or those that are broken off and each other
+    alone.
+    """
+    if all_at_once:
+        return [list(all_cases)]
     groups: list[list[JobCase]] = []
     for case in all_cases:
         if case.is_broken and groups and groups[-1][0].is_broken:
@@ -400,9 +404,8 @@ def compare(trained: Trained, plain: Trained) -> dict[str, float]:
 
 def read_runs() -> list[Figures]:
     """The jobs that were measured; first those of a host that did nothing else."""
-    return [
-        json.loads(path.read_text()) for path in (IDLE_RUN, SHARED_RUN, SMALL_RUN) if path.exists()
-    ]
+    measured = (IDLE_RUN, SHARED_RUN, AT_ONCE_RUN)
+    return [json.loads(path.read_text()) for path in measured if path.exists()]
 
 
 def section(runs: Sequence[Figures]) -> str:
@@ -420,7 +423,7 @@ def speeds_alone(run: Figures, runs: Sequence[Figures]) -> list[float]:
     """Tokens/s of jobs of one worker, in runs of steps as large as those of `run`."""
     speeds = []
     for other in runs:
-        if other["sizes"]["events"] == run["sizes"]["events"]:
+        if other["sizes"]["events"] == run["sizes"]["events"] and not other.get("at_once"):
             cases = other["cases"].values()
             speeds += [case["tokens_per_s"] for case in cases if case["workers"] == 1]
     return speeds
@@ -458,9 +461,11 @@ def run_text(run: Figures, of_others: Sequence[float]) -> str:
     text = f"""`{run["command"]}`{note}: {machine["device"]}, {machine["cores"]} cores,
 torch {machine["torch"]}, Ray {machine["ray"]}. {sizes["events"]:,} tokens a worker and step,
 {dealt}; histories up to {sizes["length"]:,}; ULTRA-HSTU of {sizes["layers"]} layers,
-d = {sizes["heads"] * sizes["width"]}.
-
-{table(header, rows)}"""
+d = {sizes["heads"] * sizes["width"]}."""
+    if run.get("at_once"):
+        text += " All jobs ran at once, so that no speed is told."
+    else:
+        text += f"\n\n{table(header, rows)}"
     compared = [name for name, case in found.items() if "furthest_loss" in case]
     return "\n\n".join([text, *(compared_text(name, found[name]) for name in compared)])
 
@@ -513,6 +518,7 @@ def read_options() -> argparse.Namespace:
     add("--width", type=int, default=128, help="of a head")
     add("--balance", choices=["none", "dealing"], default="dealing", help="of the steps' tokens")
     add("--device", choices=["cpu", "cuda"], default="cuda")
+    add("--at-once", action="store_true", help="all jobs: what they train, not how fast")
     add("--tiny", action="store_true", help="the sizes of a try without GPUs")
     add("--minutes", type=float, default=8.0, help="after which no job begins")
     add("--minutes-a-job", type=float, default=3.0, help="after which a job is ended")
@@ -536,10 +542,13 @@ def main() -> None:
     )
     if options.events != EVENTS:
         command += f" --events {options.events}"
+    if options.at_once:
+        command += " --at-once"
     run: Figures = {
         "command": command,
         "environment": environment(options.device) | {"ray": version("ray")},
         "sizes": {name: getattr(options, name) for name in SIZES},
+        "at_once": options.at_once,
         "cases": {},
     }
     everything_ran = measure(options, run, keep=lambda: write_run(options.out, run))
