@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -74,7 +75,9 @@ def run_job(name: str, *arguments: str, log: Path, settings: list[str]) -> float
 
 @contextmanager
 def ray_head(folder: Path, log: Path) -> Iterator[str]:
-    """Address of a cluster that is nobody's job, for the length of the block."""
+    """Address of a cluster that is nobody's job, for the length of the block; what it asks for is
+    in the environment.
+    """
     port, dashboard = free_port(), free_port()
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--disable-usage-stats", f"--port={port}", f"--dashboard-port={dashboard}"]
@@ -91,6 +94,15 @@ def ray_head(folder: Path, log: Path) -> Iterator[str]:
         finally:
             head.terminate()
             head.wait(60)
+
+
+def use_token(folder: Path) -> None:
+    """Let the cluster and whoever joins it know one token, as docs/operate/cluster.md has it."""
+    path = folder / "ray-token"
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 
 def answers(url: str) -> bool:
@@ -121,6 +133,7 @@ def devices_in_use() -> int:
 def measure(options: argparse.Namespace, folder: Path, run: dict[str, Any]) -> None:
     """All parts, each written as soon as it is known."""
     logs = options.out.parent
+    use_token(folder)
     settings = settings_of(options, folder)
     cfg = config.load(PRESET, settings)
 
