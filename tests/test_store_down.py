@@ -12,7 +12,8 @@ from serve_app.history.live import LiveHistory
 from serve_app.history.published import PublishedSequences
 from serve_app.history.sqlite_events import SqliteEvents
 from serve_app.metrics import ReplicaMetrics, exposition_text
-from serve_app.ranking.ranker import Ranker, StoreOutage
+from serve_app.ranking.outage import StoreOutage
+from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CHAMPION, Rollout, open_events
 from serve_app.schemas import (
     Event,

@@ -6,10 +6,9 @@ candidates ───────────────────────
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,18 +31,11 @@ from pipeline.model.inference.cuda_graph import (
 )
 from pipeline.model.inference.graphed_model import GraphedModel
 from pipeline.model.inference.quantize import as_served
-from pipeline.schema import DAY_MS
 from pipeline.version import package_version
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory
 from serve_app.history.published import Histories, HistoryStore, histories, sequence_row
-from serve_app.history.rows import (
-    find_refused_outcome,
-    posted_columns,
-    refuse_other_kind,
-    refuse_text_values,
-)
-from serve_app.ids import read_id
+from serve_app.history.rows import posted_columns
 from serve_app.ranking.describe import describe_features
 from serve_app.ranking.history_cache import (
     CacheBudget,
@@ -53,6 +45,8 @@ from serve_app.ranking.history_cache import (
     history_key,
     shares_rows,
 )
+from serve_app.ranking.outage import StoreOutage
+from serve_app.ranking.refusals import RequestRules
 from serve_app.schemas import HistoryRow, IndexInfo, ModelInfo, RankHead, Refusal, StoreDown
 
 logger = logging.getLogger("ray.serve")
@@ -161,8 +155,15 @@ class Ranker:
         # the hour is computed from the request's time
         asked = [column for column in self.cfg.features.request if column != "hour"]
         self.request_columns = tuple(asked)
-        self.earliest_ms = config.parse_time(
-            "sequences.earliest_time", self.cfg.sequences.earliest_time
+        self.rules = RequestRules(
+            limits=limits,
+            tasks=self.cfg.tasks,
+            request_columns=self.request_columns,
+            trained=self.cfg.source.events,
+            published=store.columns,
+            earliest_ms=config.parse_time(
+                "sequences.earliest_time", self.cfg.sequences.earliest_time
+            ),
         )
 
     def model_info(self) -> ModelInfo:
@@ -224,7 +225,7 @@ class Ranker:
         time on.
         """
         popular = self.maps.popular_items(1).tolist() or [0]
-        begin = self.earliest_ms + begin_ms
+        begin = self.rules.earliest_ms + begin_ms
         rows = []
         for i in range(length):
             rows.append(HistoryRow(item_id=popular[0], event_time=begin + i))
@@ -258,90 +259,11 @@ class Ranker:
         """
         return self.score_requests([self.prepare_request(request) for request in requests])
 
-    # Refusals ----------------------------------------------------------------
+    # Preparing a request -----------------------------------------------------
 
     def find_refusal(self, request: RankColumns) -> Refusal | None:
         """The first thing that this model cannot answer in a request that the schema allows."""
-        limits, head = self.limits, request.head
-        if len(request) > limits.max_candidates:
-            rule = f"at most {limits.max_candidates} candidates"
-            return _refuse(["candidates"], rule, len(request))
-
-        latest = int(time.time() * 1000) + DAY_MS
-        if not self.earliest_ms <= head.request_time_ms <= latest:
-            rule = (
-                f"request_time_ms must be in ms since 1970, between {self.earliest_ms} and a "
-                f"day from now ({latest})"
-            )
-            return _refuse(["request_time_ms"], rule, head.request_time_ms)
-
-        if head.order_by is not None and head.order_by not in self.cfg.tasks:
-            return _refuse(["order_by"], f"one of the tasks {list(self.cfg.tasks)}", head.order_by)
-
-        refusal = self._kind_refusal(request)
-        if refusal is not None:
-            return refusal
-        return (
-            self._feature_refusal(["request_features"], head.request_features)
-            or self._feature_refusal(
-                ["candidates", "request_features"], request.features, request.feature_texts
-            )
-            or self._history_refusal(head)
-        )
-
-    def _kind_refusal(self, request: RankColumns) -> Refusal | None:
-        """The first id that is text where the sequences have integers, or the other way round."""
-        text_ids = self.store.columns.text_ids
-        refusal = refuse_other_kind(["body", "user_id"], request.user_id, "user_id", text_ids)
-        if refusal is None and len(request):
-            text = None if request.item_text is None else request.item_text[0]
-            first = read_id(int(request.item_id[0]), text)
-            where = ["body", "candidates", 0, "item_id"]
-            refusal = refuse_other_kind(where, first, "item_id", text_ids)
-        return refusal
-
-    def _feature_refusal(
-        self,
-        loc: list[str | int],
-        features: Mapping[str, Any],
-        texts: Mapping[str, int] | None = None,
-    ) -> Refusal | None:
-        """`texts`: values of the features that came as text, where `features` has codes alone."""
-        for name in features:
-            if name not in self.request_columns:
-                return _refuse(loc, f"one of {list(self.request_columns)}", name)
-
-        values = features if texts is None else texts
-        return refuse_text_values(["body", *loc], values, self.cfg.source.events)
-
-    def _history_refusal(self, head: RankHead) -> Refusal | None:
-        rows = head.history or []
-        if len(rows) > self.limits.max_history:
-            return _refuse(["history"], f"at most {self.limits.max_history} rows", len(rows))
-
-        for i, row in enumerate(rows):
-            if row.event_time >= head.request_time_ms:
-                rule = f"must be before request_time_ms {head.request_time_ms}"
-                return _refuse(["history", i, "event_time"], rule, row.event_time)
-
-            actions = self.cfg.source.actions
-            for name in row.actions:
-                if name not in actions:
-                    return _refuse(["history", i, "actions"], f"one of {list(actions)}", name)
-
-            where = ["body", "history", i, "item_id"]
-            text_ids = self.store.columns.text_ids
-            refusal = refuse_other_kind(where, row.item_id, "item_id", text_ids)
-            if refusal is None:
-                where = ["history", i, "request_features"]
-                refusal = self._feature_refusal(where, row.request_features)
-            if refusal is None:
-                refusal = find_refused_outcome(["body", "history", i], row, self.store.columns)
-            if refusal is not None:
-                return refusal
-        return None
-
-    # Preparing a request -----------------------------------------------------
+        return self.rules.find_refusal(request)
 
     def must_look_up(self, head: RankHead) -> bool:
         """Tell whether `find_history` will ask the event store, which may take its time."""
@@ -793,55 +715,6 @@ class ScoresUnderWay:
         return self._scores.numpy()
 
 
-class StoreOutage:
-    """An event store that did not answer is left alone for a while.
-
-    A look-up may take seconds to fail. The pause is `PAUSES` times as long as that, and after it
-    one look-up goes ahead of the others, so that few requests wait for a store that hangs.
-
-        asked     x . . . . . x . . . . . x
-        answered  no          no          yes: from here on every time
-
-    Look-ups of several threads share it. Each change is one assignment; a race between two costs
-    one look-up more.
-    """
-
-    PAUSES = 10
-    SHORTEST_S = 1.0
-    PROBE_S = 30.0  # until a look-up that went ahead counts as lost
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.is_on = False
-        self._clock = clock
-        self._ask_again = 0.0
-
-    @property
-    def may_ask(self) -> bool:
-        return not self.is_on or self._clock() >= self._ask_again
-
-    def begin_asking(self) -> bool:
-        """Tell whether to ask now; during an outage no other look-up may until this one ends."""
-        if not self.may_ask:
-            return False
-        if self.is_on:
-            self._ask_again = self._clock() + self.PROBE_S
-        return True
-
-    def begin(self, asked: float, error: StoreDown) -> None:
-        """Note a look-up that failed; `asked` is when it began."""
-        now = self._clock()
-        self._ask_again = now + max(self.SHORTEST_S, self.PAUSES * (now - asked))
-        if not self.is_on:
-            logger.error("ranking without live events: the event store does not answer: %s", error)
-        self.is_on = True
-
-    def end(self) -> None:
-        """Note a look-up that succeeded."""
-        if self.is_on:
-            logger.info("the event store answers again")
-        self.is_on = False
-
-
 def split_passes(num_tokens: np.ndarray, most: int) -> list[np.ndarray]:
     """Indices 0..n-1 in order, cut where the tokens of a pass would exceed `most`.
 
@@ -882,7 +755,3 @@ def _without_rows(like: Events, num_sequences: int) -> Events:
     """`num_sequences` sequences without a row."""
     nothing = np.zeros(num_sequences, np.int64)
     return like.take(nothing, nothing)
-
-
-def _refuse(loc: list[str | int], rule: str, value: object) -> Refusal:
-    return Refusal.of(["body", *loc], rule, value)
