@@ -361,7 +361,8 @@ def machine() -> dict[str, object]:
     }
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Reproduce the anchors of the KuaiRand subset: smoothed rates and LightGBM on "
         "prequential rates.",
@@ -381,34 +382,39 @@ def main() -> None:
     parser.add_argument(
         "--no-lightgbm", action="store_true", help="the smoothed rates alone, in seconds"
     )
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = read_options()
     started = time.perf_counter()
     events = read_events(options.data)
     test = events[events["time_ms"] >= T_TEST]
+
     by_run = {}
     for method, scores in rates_scores(events).items():
         by_run[method] = [measure(test, scores)]
         write_predictions(options.predictions / f"{method}.parquet", test, scores)
+
+    libraries = ["numpy", "pandas", "pyarrow"]
     if not options.no_lightgbm:
+        libraries.append("lightgbm")
         fits = lightgbm_scores(options.data, events, options.threads, options.seeds)
         for seed, methods in zip(options.seeds, fits, strict=True):
             for method, scores in methods.items():
                 by_run.setdefault(method, []).append(measure(test, scores))
-                write_predictions(
-                    options.predictions / f"{method}_seed{seed}.parquet", test, scores
-                )
+                path = options.predictions / f"{method}_seed{seed}.parquet"
+                write_predictions(path, test, scores)
+
     measured = {method: mean(runs) for method, runs in by_run.items()}
-    libraries = ["numpy", "pandas", "pyarrow"] + ([] if options.no_lightgbm else ["lightgbm"])
+    command = ["python", "-m", "benchmarks.quality.kuairand_anchor", *sys.argv[1:]]
+    versions = {name: version(name) for name in libraries}
     result = {
-        "command": shlex.join(
-            ["python", "-m", "benchmarks.quality.kuairand_anchor", *sys.argv[1:]]
-        ),
+        "command": shlex.join(command),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - started, 1),
         "machine": machine(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in libraries},
+        "versions": {"python": platform.python_version()} | versions,
         "rows": {
             "train": int((events["time_ms"] < T_VAL).sum()),
             "validation": int(events["time_ms"].between(T_VAL, T_TEST, inclusive="left").sum()),

@@ -281,7 +281,8 @@ def section(
     return "\n\n".join(text)
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -313,8 +314,11 @@ def main() -> None:
     parser.add_argument("--section", default="quality", help="name of the section of RESULTS.md")
     parser.add_argument("--title", default="Quality on the KuaiRand subset")
     parser.add_argument("--print", action="store_true", help="print it and leave RESULTS.md alone")
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = read_options()
     differences = None
     if options.predictions:
         anchors = options.beside or sorted(Path().glob(options.anchor))
