@@ -181,7 +181,7 @@ def histories(
 
     left_out = begin - offsets[:-1]
     first_position = table["first_position"].to_numpy() + left_out
-    if len(sequences) == 1:  # as a rule; nothing is copied
+    if table.num_rows == 1:  # as a rule; nothing is copied
         return Histories(events.slice(int(begin[0]), int(end[0])), first_position)
     return Histories(events.take(begin, end), first_position)
 
