@@ -23,8 +23,9 @@ from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate.metrics import normalised_entropy
 from pipeline.study import opening, running
 from pipeline.study.entropy import approximate_entropy, measure_quality
-from pipeline.study.figures import study_figures
+from pipeline.study.figures import ladder_slopes, study_figures
 from pipeline.study.laws import fit_log, fit_power, fit_slopes, interval, pareto_front
+from pipeline.study.measured import COSTS, Key, Measured
 from pipeline.study.page import console_table, draw_laws, next_lines, write_study
 from pipeline.study.plan import Point, StudyPlan, even_ladder, plan_points, read_plan
 from pipeline.study.point import count_work, run_point
@@ -554,3 +555,22 @@ def test_results_say_which_points_no_other_of_their_length_beats_and_which_have_
     assert one_seed_words({"points": points}).endswith("alone: cheap d8 at 64.")
     assert one_seed_words({"points": points[1:2]}).endswith("alone: all points.")
     assert one_seed_words({"points": points[2:]}) == ""
+
+
+def test_a_variant_that_has_the_whole_ladder_has_a_slope_too(tmp_path: Path) -> None:
+    variants = {"wide": {}, "deep": {"lengths": [6], "model.num_layers": 2}}
+    changes = CROSS | {"ladder": ["d4", "d4"], "variants": variants}
+    plan = read_plan(write_plan(tmp_path, **changes), study_base(tmp_path).tasks)
+
+    whole: dict[Key, Measured] = {}
+    for encoder in plan.names:
+        for size, length in plan.places(encoder):
+            costs = dict.fromkeys(COSTS, float(length))
+            ne = np.array([1 - length / 10, 0.99 - length / 10])
+            key = encoder, size, length, 1.0
+            whole[key] = Measured(key, 1, costs, 1, 1.0, ne, 0.5, (0.5,))
+
+    slopes = ladder_slopes(plan, whole, "infer_gflop")
+    assert set(slopes) == {"ultra", "hstu", "wide"}, "deep lacks the short length"
+    assert slopes["wide"]["slope"]["value"] == pytest.approx(0.1)
+    assert slopes["wide"]["ratio"]["value"] == pytest.approx(1)

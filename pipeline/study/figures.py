@@ -80,7 +80,7 @@ def study_figures(base: RunConfig, plan: StudyPlan, failed: dict[str, str]) -> d
         "failed": failed,
         "points": [_point_figures(one) for one in measured],
         "fronts": _fronts(list(whole.values())),
-        "slopes": {cost: _slopes(plan, whole, cost) for cost in COSTS},
+        "slopes": {cost: ladder_slopes(plan, whole, cost) for cost in COSTS},
         "laws": _laws(plan, whole),
         "predictions": held_against(plan, whole, predicted),
         "data": {
@@ -119,12 +119,12 @@ def _fronts(points: Sequence[Measured]) -> dict[str, list[list[Any]]]:
     return fronts
 
 
-def _slopes(plan: StudyPlan, whole: Mapping[Key, Measured], cost: str) -> dict[str, Any]:
-    """By encoder, NE gain per unit of cost on the ladder of sizes and lengths; and the ratio to
+def ladder_slopes(plan: StudyPlan, whole: Mapping[Key, Measured], cost: str) -> dict[str, Any]:
+    """By encoder that has all of the ladder, NE gain per unit of cost on it; and the ratio to
     the baseline's.
     """
     slopes: dict[str, np.ndarray] = {}
-    for encoder in plan.encoders:
+    for encoder in plan.names:
         rungs = []
         for size, length in plan.ladder:
             one = whole.get((encoder, size, length, 1.0))
