@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipeline.study import opening, running
 from pipeline.study.entropy import approximate_entropy, measure_quality
 from pipeline.study.figures import ladder_slopes, study_figures
 from pipeline.study.laws import fit_log, fit_power, fit_slopes, interval, pareto_front
-from pipeline.study.measured import COSTS, Key, Measured
+from pipeline.study.measured import COSTS, Key, Measured, is_finished
 from pipeline.study.page import console_table, draw_laws, next_lines, write_study
 from pipeline.study.plan import Point, StudyPlan, even_ladder, plan_points, read_plan
 from pipeline.study.point import count_work, run_point
@@ -574,3 +575,28 @@ def test_a_variant_that_has_the_whole_ladder_has_a_slope_too(tmp_path: Path) -> 
     assert set(slopes) == {"ultra", "hstu", "wide"}, "deep lacks the short length"
     assert slopes["wide"]["slope"]["value"] == pytest.approx(0.1)
     assert slopes["wide"]["ratio"]["value"] == pytest.approx(1)
+
+
+def test_a_point_whose_process_had_an_error_of_cuda_goes_on_in_a_fresh_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = study_base(tmp_path)
+    publish_sequences(base)
+    plan = read_plan(write_plan(tmp_path, data_share=None), base.tasks)
+    opening.open_study(base, plan)
+    study = study_points.OpenStudy(base, plan, plan_points(base, plan)[:2])
+    study_points.count_points([study], 1)
+
+    calls = []
+
+    def fail(cfg: RunConfig, *_: object) -> None:
+        calls.append(cfg.name)
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    # in this process alone: a fresh one has what is in the files
+    monkeypatch.setattr("pipeline.study.point.train_trial", fail)
+    monkeypatch.setattr(study_points, "_HAD_ERROR", threading.Event())
+    for point in study.waiting:
+        assert study_points._carry_out(*study_points._arguments(study, point)) == ""
+        assert is_finished(point)
+    assert len(calls) == 1, "the next point did not begin in the process that had the error"

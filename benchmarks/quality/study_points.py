@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -48,6 +49,7 @@ from pipeline.study.users import USERS
 logger = logging.getLogger(__name__)
 
 FILES = (WORK, POINT, USERS)  # of a point, that travel
+_HAD_ERROR = threading.Event()  # in this process
 FEATURES = "features.json"  # the last file of the maps that a study's points share
 
 
@@ -264,9 +266,23 @@ def _count(
 def _carry_out(
     cfg: RunConfig, settings: dict[str, Any], split: str, task: str, shared: Path | None
 ) -> str:
-    """A point, in a process that takes one after another."""
+    """A point, in a process that takes one after another.
+
+    After an error of CUDA, such as a graph's capture that failed, nothing else goes well in the
+    process that had it: it hands this point, which goes on from its checkpoint, and all that come
+    after it to fresh ones.
+    """
     logging.basicConfig(level=logging.WARNING, format=f"{cfg.name} %(message)s", force=True)
-    return run_point(cfg, settings, split, task, shared)
+    if not _HAD_ERROR.is_set():
+        try:
+            return run_point(cfg, settings, split, task, shared)
+        except RuntimeError as error:  # those of PyTorch and CUDA are
+            logger.warning("once more in a fresh process: %s: %s", type(error).__name__, error)
+            _HAD_ERROR.set()
+
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as fresh:
+        return fresh.submit(run_point, cfg, settings, split, task, shared).result()
 
 
 def _note(study: OpenStudy, point: Point, future: Future[str], out: Path, seconds: float) -> None:
