@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 APPLICATION = "ranking"
 POLL_S = 0.1
+LOOK_EVERY_S = 2.0  # at what Serve wants, while an update loads
 PORT_WAIT_S = 15.0  # a server that has just been stopped takes a moment to let go
 SEND_TRIES = 3
 SEND_PAUSE_S = 2.0
@@ -191,7 +192,8 @@ def deploy_model(
     Ray must be initialised: replicas get the code of this job.
 
     Raises:
-        UserError: the version does not load, or nothing answered in time.
+        UserError: the version does not load.
+        Outage: nothing answered in time, or another update has come meanwhile.
     """
     url = send_update(settings, dashboard_url, _checked(folders, settings, model))
     _remember_champion(folders.runs_dir, model)
@@ -363,7 +365,8 @@ def send_update(settings: ServeConfig, dashboard_url: str, wanted: dict[str, Any
     filled = serve_config(settings, wanted, port, code_of_this_job())
     _send(client, beside_others(filled, details))
     url = f"http://{settings.host}:{port}"
-    _wait(client, url, wanted["deployment"], settings.start_timeout_s)
+    update = Update(wanted["deployment"], find_wanted(details))
+    wait_for_update(client, url, update, settings.start_timeout_s)
     _tell_outage(url, settings.redis_url, is_new=is_new)
     return url
 
@@ -485,17 +488,43 @@ def _send(client: Any, filled: dict[str, Any]) -> None:
             time.sleep(SEND_PAUSE_S)
 
 
-def _wait(client: Any, url: str, deployment: str, limit_s: float) -> None:
-    """Return when nothing but `deployment` answers at `url`.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Update:
+    """An update that was sent."""
+
+    deployment: str  # its id
+    before: str | None  # that of the one which it is to replace; None: there was no server
+
+    def refuse_overtaken(self, details: dict[str, Any], url: str) -> None:
+        """Raises Outage where Serve wants another update by now: no replica will answer with this
+        one, however long it is waited for.
+        """
+        wanted = find_wanted(details)
+        # while Serve builds an application it names the update from before
+        if wanted not in (None, self.deployment, self.before):
+            raise Outage(
+                f"another job has updated the server at {url} meanwhile (deployment {wanted}): "
+                "what that one sent answers, not the version of this job"
+            )
+
+
+def wait_for_update(client: Any, url: str, update: Update, limit_s: float) -> None:
+    """Return when nothing but the update answers at `url`.
 
     Raises:
         UserError: the new version failed to load.
-        Outage: Serve gave up, or other answers came for `limit_s` seconds.
+        Outage: Serve gave up, somebody sent a later update, or other answers came for `limit_s`
+            seconds.
     """
-    in_a_row = 0
+    deployment, in_a_row = update.deployment, 0
+    next_look = time.monotonic() + LOOK_EVERY_S
 
     def swapped() -> bool:
-        nonlocal in_a_row
+        nonlocal in_a_row, next_look
+        if time.monotonic() > next_look:
+            update.refuse_overtaken(client.get_serve_details(), url)
+            next_look = time.monotonic() + LOOK_EVERY_S
+
         info = _ready(url)
         if info is None:
             in_a_row = 0
@@ -514,6 +543,17 @@ def _wait(client: Any, url: str, deployment: str, limit_s: float) -> None:
             f"{url} does not answer with the new version after {limit_s:.0f} s "
             f"(serve.start_timeout_s): {_status(client)}"
         ) from None
+
+
+def find_wanted(details: dict[str, Any]) -> str | None:
+    """Id of the newest update that Serve has taken, by its details; None where it has none of
+    ours.
+    """
+    ours = details.get("applications", {}).get(APPLICATION, {})
+    for entry in (ours.get("deployed_app_config") or {}).get("deployments", []):
+        if entry.get("user_config"):
+            return entry["user_config"]["deployment"]
+    return None
 
 
 def _require_no_failure(client: Any) -> None:

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.cluster import free_port
-from pipeline.config import UserError
+from pipeline.config import Outage, UserError
 from pipeline.tracking import PinnedModel
 from serve_app import deployment
 from tests.support.patience import PATIENCE_S
@@ -144,6 +145,28 @@ def test_other_applications_of_the_cluster_stay(
     deployment.beside_others(replacing, running)
     assert "is replaced by that of" in caplog.text
     assert "another/serving" in caplog.text
+
+
+def test_an_update_knows_that_another_job_has_sent_a_later_one(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path)
+    publish_sequences(cfg)
+    model = PinnedModel("http://127.0.0.1:1", "tiny", 3, {"config.json": "0" * 64})
+
+    def details_of(wanted: dict[str, Any]) -> dict[str, Any]:
+        (application,) = deployment.serve_config(cfg.serve, wanted, 8123, {})["applications"]
+        return {"applications": {"ranking": {"deployed_app_config": application}}}
+
+    first, mine, later = [deployment.user_config(cfg.folders, cfg.serve, model) for _ in range(3)]
+    ids = [deployment.find_wanted(details_of(wanted)) for wanted in (first, mine, later)]
+    assert ids == [wanted["deployment"] for wanted in (first, mine, later)]
+    assert len(set(ids)) == 3
+    assert deployment.find_wanted({"applications": {}}) is None
+
+    update = deployment.Update(mine["deployment"], first["deployment"])
+    for there in (details_of(first), details_of(mine), {"applications": {}}):
+        update.refuse_overtaken(there, "http://127.0.0.1:8123")
+    with pytest.raises(Outage, match=f"another job .* {later['deployment']}"):
+        update.refuse_overtaken(details_of(later), "http://127.0.0.1:8123")
 
 
 def test_processes_are_fixed_or_follow_the_load(tmp_path: Path) -> None:

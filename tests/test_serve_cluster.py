@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 import pytest
 
-from pipeline.config import CanaryConfig, UserError
+from pipeline.config import CanaryConfig, Outage, UserError
 from pipeline.tracking import Tracker
 from serve_app import deployment, load_test, replay
 from serve_app.columns import RankColumns
@@ -328,3 +328,15 @@ def test_a_version_that_does_not_load_leaves_the_old_one(served: Served) -> None
             deployment.user_config(served.cfg.folders, served.cfg.serve, broken),
         )
     assert served.client.post("/v1/rank", json=ONE).status_code == 200
+
+
+def test_an_update_that_another_one_overtakes_is_not_waited_for(served: Served) -> None:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    client = ServeSubmissionClient(served.dashboard_url)
+    before = deployment.find_wanted(client.get_serve_details())
+    champion = Tracker(served.cfg).find_champion()
+    deployment.deploy_model(served.cfg.folders, served.cfg.serve, served.dashboard_url, champion)
+    overtaken = deployment.Update("0" * 32, before)
+    with pytest.raises(Outage, match="another job has updated the server"):
+        deployment.wait_for_update(client, served.url, overtaken, 600)
