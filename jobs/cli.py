@@ -9,7 +9,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import yaml
 
 from pipeline import config
 from pipeline.config.secrets import MaskingFormatter, mask_secrets
+from pipeline.disk import find_disk_fault
 
 if TYPE_CHECKING:
     from pipeline.tracking import RowsAtHand
@@ -90,10 +92,11 @@ def run(
 
     try:
         job = Job(config.load(options.config, options.overrides), options)
-        if options.dry_run:
-            _print_plan(job.cfg, plan(job) if plan else {})
-            return
-        main(job)
+        with _telling_disk_faults(Path(job.cfg.runs_dir)):
+            if options.dry_run:
+                _print_plan(job.cfg, plan(job) if plan else {})
+                return
+            main(job)
         # Python's end would look for cycles in all that was imported, for half a second
         gc.freeze()
     except (config.UserError, config.Outage) as error:
@@ -104,6 +107,20 @@ def run(
         sys.stdout.flush()
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+@contextmanager
+def _telling_disk_faults(runs_dir: Path) -> Iterator[None]:
+    """Raise what a disk refuses as one message, wherever it was met."""
+    try:
+        yield
+    except (config.UserError, config.Outage):
+        raise
+    except Exception as error:
+        fault = find_disk_fault(error, runs_dir)
+        if fault is None:
+            raise
+        raise fault from error
 
 
 def require_task(tasks: Sequence[str], task: str | None) -> None:

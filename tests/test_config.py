@@ -109,6 +109,15 @@ MISTAKES = [
     ("serve.port=70000", "serve.port", "70000"),
     ("serve.cuda_graphs=true", "serve.cuda_graphs", "true"),
     ("name=a/b", "name", "'a/b'"),
+    ('name="a\\nb"', "name", r"'a\nb'"),
+    (f"name={'a' * 201}", "name", "200 bytes"),
+    ('runs_dir="a\\0b"', "runs_dir", r"'a\x00b'"),
+    ('serve.host="\\uD800"', "serve.host", r"'\ud800'"),
+    # what is long is shown in part
+    (f"seed={'x' * 100_000}", "seed", "xxx"),
+    (f"seed=0x{'f' * 5000}", "seed", "an integer of 20000 bits"),
+    (f"seed={'[' * 90}{']' * 90}", "seed", "[[[[[...]]]]]"),
+    (f"name={'[' * 5000}", "--set name", "[[["),
     # a key without a default
     ("source.users={id_column: uid}", "source.users.path", "['id_column']"),
     ("serve.canary={}", "serve.canary.version", "[]"),
@@ -119,7 +128,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("override", "key", "value"), MISTAKES, ids=[m[0] for m in MISTAKES])
+@pytest.mark.parametrize(("override", "key", "value"), MISTAKES, ids=[m[0][:60] for m in MISTAKES])
 def test_a_mistake_names_its_key_and_value(override, key, value):
     with pytest.raises(ConfigError) as caught:
         config.load(DEMO, [override])
@@ -127,6 +136,15 @@ def test_a_mistake_names_its_key_and_value(override, key, value):
     assert key in message
     assert value in message
     assert "\n" not in message
+    assert len(message) < 2000
+
+
+def nested_aliases() -> str:
+    """YAML of a few hundred bytes that names lists in lists: nine to the power of ten texts."""
+    inner = "&a0 [x, x, x, x, x, x, x, x, x]"
+    for depth in range(1, 10):
+        inner = f"&a{depth} [{inner}{f', *a{depth - 1}' * 8}]"
+    return inner
 
 
 @pytest.mark.parametrize(
@@ -139,6 +157,8 @@ def test_a_mistake_names_its_key_and_value(override, key, value):
         ),
         ("a: {b: 1}\nname: x\na: 2", "is not YAML: line 3: the key 'a' stands there a second time"),
         ("\0", "is not YAML: "),
+        ("[" * 5000, "is not YAML: it is nested too deeply"),
+        (f"name: [{nested_aliases()}]", "name must be text, got [["),
         ("- 1", "must hold a mapping, got list"),
         ("", "is empty"),
         ("source: 3", "source must be a mapping, got 3"),

@@ -2,9 +2,13 @@
 setting has.
 """
 
+import reprlib
 from typing import Any
 
 from pipeline.config.secrets import INSTEAD, MASK, has_secret, mask_secrets
+
+LONGEST_SHOWN = 1000  # characters of a value in a message
+MOST_SHOWN, DEEPEST_SHOWN = 30, 4  # parts of a list or a mapping in it, and lists in lists
 
 
 class UserError(ValueError):
@@ -41,10 +45,28 @@ def require(condition: bool, key: str, value: Any, rule: str) -> None:
 
 
 def show_value(value: Any) -> str:
-    """A value as it stands in YAML, for messages: null, true, ['a', 'b'], 'text', 0.5."""
+    """A value as it stands in YAML, for messages: null, true, ['a', 'b'], 'text', 0.5. What is long
+    is shown in part.
+    """
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return repr(list(value) if isinstance(value, tuple) else value)
+    shown = _PartOfValue().repr(list(value) if isinstance(value, tuple) else value)
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+
+
+class _PartOfValue(reprlib.Repr):
+    """`repr` with an end: aliases of YAML can name lists in lists of which it would find billions,
+    and Python refuses to write an integer of thousands of digits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = LONGEST_SHOWN
+        self.maxlist = self.maxdict = MOST_SHOWN
+        self.maxlevel = DEEPEST_SHOWN
+
+    def repr_int(self, x: int, level: int) -> str:
+        return f"an integer of {x.bit_length()} bits" if x.bit_length() > 1000 else repr(x)
 
 
 def refuse_secrets(key: str, value: str | None) -> None:

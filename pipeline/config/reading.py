@@ -85,7 +85,15 @@ for _kind in ("int", "float", "timestamp"):
 
 
 def _load_yaml(text: str) -> Any:
-    return yaml.load(text, _UniqueKeys)
+    """The value that the text says.
+
+    Raises:
+        YAMLError: no YAML, or lists in lists so deep that the parser gives up.
+    """
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def _describe_fault(error: Exception) -> str:
@@ -126,7 +134,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = text if UNQUOTED.fullmatch(text) else _load_yaml(text)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
+        raise ConfigError(f"--set {key}: {show_value(text)} is not a YAML value") from None
 
     *parents, last = key.split(".")
     node = raw
@@ -296,4 +304,11 @@ def _convert_scalar(hint: type, value: Any, path: str, null: str) -> Any:
         raise ConfigError(f"{path} must be {kind}{null}, got {show_value(value)}")
     if isinstance(value, str):
         refuse_secrets(path, value)
+        # no path and no name has them, and no program would say which setting it was
+        is_plain = "\0" not in value and not any(map(_is_surrogate, value))
+        require(is_plain, path, value, "text without NUL and lone surrogates")
     return value
+
+
+def _is_surrogate(sign: str) -> bool:
+    return "\ud800" <= sign <= "\udfff"

@@ -17,6 +17,7 @@ from pipeline.config.sequences import CheckConfig
 from pipeline.config.train import TrainConfig
 from pipeline.schema import MAX_ACTIONS
 
+LONGEST_NAME = 200  # bytes; folders have 255, and those of trials a few more than their search
 LONGEST_TASK = 200  # characters; MLflow's names have 250, `val_sample/gauc/` among them
 
 
@@ -222,5 +223,7 @@ def refuse_names_that_tracking_refuses(tasks: tuple[str, ...]) -> None:
 def refuse_name_that_is_no_folder(key: str, name: str) -> None:
     """The files of a run lie beside those of MLflow, and the server's copies of its versions."""
     taken = name in (".", "..", "mlflow", "champions")
-    usable = "/" not in name and name.strip() != "" and not taken
+    usable = "/" not in name and name.strip() != "" and name.isprintable() and not taken
     require(usable, key, name, "a folder name")
+    size = len(name.encode())
+    require(size <= LONGEST_NAME, key, name, f"of {LONGEST_NAME} bytes at most")
