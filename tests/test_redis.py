@@ -204,6 +204,28 @@ def test_a_killed_server_loses_nothing_acknowledged(server: Server, tmp_path: Pa
     assert log.append([event(1, 19), event(1, 20)]) == ["already_there", "accepted"]
 
 
+def test_a_server_that_comes_back_with_other_settings_acknowledges_nothing(
+    server: Server, tmp_path: Path
+) -> None:
+    log = log_of(server, tmp_path)
+    assert log.append([event(1, 2)]) == ["accepted"]
+    server.kill()
+
+    # no write meets the outage: the client connects anew by itself
+    server.command = [*server.command[: -len(DURABLE)], "--appendonly", "no"]
+    server.start()
+    for _ in range(2):
+        with pytest.raises(StoreDown, match="appendonly"):
+            log.append([event(1, 3)])
+    assert log.of_user(2) == []  # reading is no harm
+
+    server.kill()
+    server.command = [*server.command[:-2], *DURABLE]
+    server.start()
+    assert log.append([event(1, 3)]) == ["accepted"]
+    assert {one.item_id for one in log.of_user(1)} == {2, 3}
+
+
 @pytest.mark.parametrize(
     "options", [(), ("--appendonly", "yes"), (*DURABLE, "--maxmemory-policy", "allkeys-lru")]
 )

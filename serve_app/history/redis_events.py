@@ -17,6 +17,7 @@ import numpy as np
 import redis
 import redis.backoff
 import redis.retry
+from redis.connection import AbstractConnection
 
 from pipeline.config import UserError
 from pipeline.schema import EventColumns
@@ -57,7 +58,10 @@ class RedisEvents:
         may_be_down: bool = False,
     ) -> None:
         self.prefix = prefix
-        self.is_checked = False  # it keeps what it acknowledges
+        self.is_checked = False  # it answered at the start, and keeps what it acknowledges
+        # connections that were made, and those of them whose server was looked at: after each of
+        # its starts it may have other settings
+        self._num_made = self._num_checked = 0
 
         password = None if password_file is None else _read(password_file)
         retry = redis.retry.Retry(redis.backoff.ExponentialBackoff(cap=0.5, base=0.05), TRIES)
@@ -71,9 +75,9 @@ class RedisEvents:
                 retry_on_error=[redis.ConnectionError, redis.TimeoutError],
                 decode_responses=True,
                 password=password,
+                redis_connect_func=self._note_connection,
             )
-            _check_settings(self._client)
-            self.is_checked = True
+            self._check_new_connections()
         except (redis.RedisError, ValueError) as error:
             is_silent = isinstance(error, redis.ConnectionError | redis.TimeoutError)
             says_no = isinstance(error, redis.AuthenticationError)
@@ -85,7 +89,7 @@ class RedisEvents:
         if not events:
             return []
 
-        self._check_late()
+        self._require_safe()
         values = [_value(event) for event in events]
         with _store_errors(), self._client.pipeline(transaction=True) as pipe:
             for event, value in zip(events, values, strict=True):
@@ -104,22 +108,39 @@ class RedisEvents:
                 statuses.append("already_there")
             else:
                 statuses.append(self._merge(event))
+
+        # it may have been started anew, with other settings, since it was looked at
+        self._require_safe()
         return statuses
 
-    def _check_late(self) -> None:
-        """Look at the settings of a server that did not answer at the start.
+    def _note_connection(self, connection: AbstractConnection) -> None:
+        connection.on_connect()
+        self._num_made += 1
+
+    def _check_new_connections(self) -> None:
+        """Look at the settings of the server, if a connection to it was made since the last look.
 
         Raises:
-            StoreDown: it does not answer now either, or would lose what was acknowledged.
+            ValueError: it would lose what it acknowledges.
         """
-        if self.is_checked:
+        made = self._num_made
+        if self.is_checked and self._num_checked == made:
             return
+        _check_settings(self._client)
+        self._num_checked = made  # one that the look itself needed is looked at next time
+        self.is_checked = True
+
+    def _require_safe(self) -> None:
+        """Go on only if the server keeps what it acknowledges.
+
+        Raises:
+            StoreDown: it does not answer, or would lose it.
+        """
         with _store_errors():
             try:
-                _check_settings(self._client)
+                self._check_new_connections()
             except ValueError as error:
                 raise StoreDown(f"serve.redis_url: {error}") from None
-        self.is_checked = True
 
     def _merge(self, event: Event) -> EventStatus:
         """Add what this posting of an event says to what is kept of it."""
