@@ -26,12 +26,11 @@ def find_disk_fault(error: Exception, runs_dir: Path) -> UserError | Outage | No
         OSError 28, RayTaskError(OSError 28), CheckpointException of it      Outage
         OSError 13, 30, 20 of a path below `runs_dir`                        UserError
     """
-    text = str(error)
-    said = [line.strip() for line in text.splitlines() if any(words in line for words in SAID)]
-    if said:
+    said = find_full_disk(error)
+    if said is not None:
         temporary = Path(tempfile.gettempdir())
         return Outage(
-            f"a disk is full: {said[-1]} ({_free(runs_dir)}, {_free(temporary)}); free some space "
+            f"a disk is full: {said} ({_free(runs_dir)}, {_free(temporary)}); free some space "
             "and give the same command again"
         )
 
@@ -40,6 +39,15 @@ def find_disk_fault(error: Exception, runs_dir: Path) -> UserError | Outage | No
         if path.is_relative_to(runs_dir.absolute()):
             return UserError(f"runs_dir: {path} cannot be written: {error.strerror}")
     return None
+
+
+def find_full_disk(error: Exception) -> str | None:
+    """The line of an error that says that a disk is full; None where it says nothing of it."""
+    found = None
+    for line in str(error).splitlines():
+        if any(words in line for words in SAID):
+            found = line.strip()
+    return found
 
 
 def _free(folder: Path) -> str:

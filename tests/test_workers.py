@@ -1,5 +1,7 @@
 """A build's tasks: the items of each, and what they ask of Ray, memory and nodes with a label."""
 
+import errno
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipeline.config import RayConfig
@@ -97,3 +100,24 @@ def test_processors_that_sort_better_without_avx512(
     (tmp_path / "cpuinfo").write_text(described)
     assert workers.sorts_better_without_avx512(tmp_path / "cpuinfo") == is_slow
     assert not workers.sorts_better_without_avx512(tmp_path / "missing")
+
+
+def write_to_a_full_disk(_: Item) -> None:
+    Path("/dev/full").write_text("x")  # real, on Linux: it has no room for anybody
+
+
+def read_what_is_gone(_: Item) -> None:
+    Path("/nowhere/at/all").read_text()
+
+
+def test_a_full_disk_comes_back_from_a_task_as_the_error_that_it_is() -> None:
+    """Ray Data would tell whatever a task raises in 150 lines of its own."""
+    batch = pa.table({"share": [pickle.dumps([(3, Item(rows=1))])]})
+    (answer,) = workers.run_share(batch, write_to_a_full_disk)
+    assert answer["number"].to_pylist() == [3]
+    error = pickle.loads(answer["result"][0].as_py())
+    assert isinstance(error, OSError)
+    assert error.errno == errno.ENOSPC
+
+    with pytest.raises(FileNotFoundError):
+        list(workers.run_share(batch, read_what_is_gone))

@@ -16,6 +16,7 @@ import ray.data
 
 from pipeline.cluster import is_private, ray_cluster
 from pipeline.config import RayConfig, UserError
+from pipeline.disk import find_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ def workers(cfg: RayConfig, runs_dir: str | Path, *, floats: bool = False) -> It
 
     A task takes one CPU and its memory, on a joined cluster on nodes with the labels
     `cfg.data_labels`. Items and results pass through the object store, so they should be small:
-    what is read and written should be in files. A `UserError` in a task is raised as it is; a task
-    whose worker dies is run again.
+    what is read and written should be in files. A `UserError` in a task is raised as it is, and so
+    is the error of a full disk; a task whose worker dies is run again.
 
     `floats`: the tasks compute with logarithms and the like, which NumPy may round otherwise
     where it is told to sort faster.
@@ -165,7 +166,7 @@ def _run_tasks(
         numbered = [(number, items[number]) for number in share]
         rows.append({"share": pickle.dumps(numbered)})
     tasks = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        partial(_call, function=function), batch_size=None, batch_format="pyarrow", **needs
+        partial(run_share, function=function), batch_size=None, batch_format="pyarrow", **needs
     )
     # a result is seen when it is there, and not with the others of its task
     tasks.context.target_max_block_size = 1
@@ -173,14 +174,14 @@ def _run_tasks(
     results, progress = [], Progress(what, items)
     for row in tasks.iter_rows():
         result = pickle.loads(row["result"])
-        if isinstance(result, UserError):
+        if isinstance(result, UserError | OSError):
             raise result
         results.append(result)
         progress.add_item(row["number"])
     return results
 
 
-def _call(batch: pa.Table, function: Callable[[Any], Any]) -> Iterator[pa.Table]:
+def run_share(batch: pa.Table, function: Callable[[Any], Any]) -> Iterator[pa.Table]:
     """One row for each item of the task: its number, and what the function returned."""
     # the C library keeps what a task frees for the next; Arrow's own allocator gives pages back
     # at once, and a tenth of a build's time went into getting new ones
@@ -192,6 +193,10 @@ def _call(batch: pa.Table, function: Callable[[Any], Any]) -> Iterator[pa.Table]
                 result = function(item)
             except UserError as error:
                 # Ray would wrap it in its own, with a stack that says nothing to the user
+                result = error
+            except OSError as error:
+                if find_full_disk(error) is None:
+                    raise
                 result = error
             yield pa.table({"number": [number], "result": [pickle.dumps(result)]})
 
