@@ -5,8 +5,10 @@ user's mistake, one message and exit code 1 for an outage, which is worth anothe
 import argparse
 import gc
 import logging
+import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.tracking import RowsAtHand
 
 CHECK_S = 2.0
+AGAIN_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def run(
     _set_up_logging()
     # `with` blocks end what they started
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    sys.unraisablehook = _ask_again_to_end
 
     try:
         job = Job(config.load(options.config, options.overrides), options)
@@ -158,6 +162,23 @@ def _set_up_logging() -> None:
         print(mask_secrets("".join(traceback.format_exception(kind, *found))), file=sys.stderr)
 
     sys.excepthook = print_masked
+
+
+def _ask_again_to_end(ignored: "sys.UnraisableHookArgs") -> None:
+    """Send SIGTERM or Ctrl-C once more where Python has ignored the exception that it raises.
+
+    It does so in the callbacks of objects that end, of which an import has thousands.
+    """
+    asked = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
+    number = asked.get(ignored.exc_type)
+    if number is None:
+        sys.__unraisablehook__(ignored)
+        return
+
+    # from another thread: a signal that came within this function would be ignored, too
+    again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _print_plan(cfg: config.RunConfig, planned: dict[str, object]) -> None:

@@ -252,9 +252,9 @@ def test_every_setting_is_read_outside_of_the_configuration():
 JOB = "from jobs import cli; cli.run('A job.', lambda job: print('ran', job.cfg.name))"
 
 
-def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_job(*arguments: str, code: str = JOB) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", JOB, *arguments],
+        [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -267,6 +267,29 @@ def test_ctrl_c_ends_a_job_in_one_line():
     command = [sys.executable, "-c", job, "--config", "configs/demo.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
+
+
+@pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_that_python_ignores_ends_a_job_all_the_same(sent: str, code: int) -> None:
+    """One that comes while an object ends: Python ignores what is raised there."""
+    job = f"""
+import signal, time
+from jobs import cli
+
+class Ending:
+    def __del__(self):
+        signal.raise_signal(signal.{sent})
+
+def main(job):
+    Ending()
+    print("goes on", flush=True)
+    time.sleep(600)
+
+cli.run("A job.", main)
+"""
+    done = run_job("--config", str(DEMO), code=job)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == "goes on\n"
 
 
 def test_a_job_runs_its_main():

@@ -18,6 +18,7 @@ ROOMS = (
     "pipeline.waiting",
     "pipeline.run_note",
     "pipeline.config",
+    "pipeline.disk",
     "pipeline.figures",
     "pipeline.cluster",
     "pipeline.logs",
