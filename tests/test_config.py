@@ -281,6 +281,8 @@ class Ending:
         signal.raise_signal(signal.{sent})
 
 def main(job):
+    # a shell starts what runs in its background without
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     Ending()
     print("goes on", flush=True)
     time.sleep(600)

@@ -211,6 +211,36 @@ def test_an_unevaluated_model_is_not_registered(cfg: RunConfig, tmp_path: Path) 
         Tracker(cfg).register_model(run, folder)
 
 
+def test_a_model_whose_run_the_server_does_not_have_is_registered_with_a_new_one(
+    cfg: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After its database was restored from a day before, say; or its run was deleted."""
+    with Tracker(cfg).start_run(cfg, store.read_manifest(cfg.sequence_dir)) as run:
+        deleted = run.run_id
+    mlflow.MlflowClient().delete_run(deleted)
+
+    for seed, run_id in enumerate(("0" * 32, deleted)):
+        lost = replace(cfg, name=f"lost-{seed}")
+        publish_sequences(lost)
+        save_tiny_model(lost, lost.model_dir, seed, 0.9, mlflow_run_id=run_id)
+        version = Tracker(lost).register_trained()
+        made_by = mlflow.MlflowClient().get_model_version(cfg.model_name, str(version)).run_id
+        assert made_by not in (None, run_id)
+        assert f"run {run_id} is not on this server" in caplog.text
+        assert Tracker(lost).register_trained() == version
+
+
+def test_nobody_rolls_back_to_a_version_that_was_deleted(cfg: RunConfig, tmp_path: Path) -> None:
+    first = new_version(cfg, tmp_path, 0.9)
+    Tracker(cfg).promote_version()
+    second = new_version(cfg, tmp_path, 0.8)
+    Tracker(cfg).promote_version()
+    mlflow.MlflowClient().delete_model_version(cfg.model_name, str(first))
+    with pytest.raises(UserError, match=f"has no version {first}"):
+        Tracker(cfg).roll_back()
+    assert Tracker(cfg).find_champion().version == second
+
+
 def test_a_model_trained_on_the_validation_rows_needs_another_to_vouch_for_it(
     cfg: RunConfig, tmp_path: Path
 ) -> None:

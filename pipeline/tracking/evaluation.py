@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Outage
-from pipeline.tracking.runs import Run, allowed_name
-from pipeline.tracking.server import is_absent, mlflow_client, one_message
+from pipeline.tracking.runs import Run, allowed_name, find_active
+from pipeline.tracking.server import mlflow_client, one_message
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def log_evaluation(
 
     run = Run(uri, run_id)
     try:
-        if not _is_here(run):
+        if find_active(mlflow_client(uri), run_id) is None:
             logger.warning(
                 "the model's MLflow run %s is not on this server: its evaluation is in %s alone",
                 run_id,
@@ -113,19 +113,6 @@ def _made_by(model_dir: Path) -> dict[str, Any]:
     from pipeline.model.artifact import verified
 
     return verified(model_dir, "model")["extra"]
-
-
-def _is_here(run: Run) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with one_message():
-            mlflow_client(run.uri).get_run(run.run_id)
-    except MlflowException as error:
-        if is_absent(error):
-            return False
-        raise
-    return True
 
 
 def split_counts(metrics: Mapping[str, float]) -> tuple[dict[str, float], dict[str, str]]:

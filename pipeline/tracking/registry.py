@@ -36,7 +36,7 @@ from pipeline.tracking.gate import (
     validation_ne,
 )
 from pipeline.tracking.model_card import render_card
-from pipeline.tracking.runs import Run, link_model, run_settings, start_run
+from pipeline.tracking.runs import Run, find_active, link_model, run_settings, start_run
 from pipeline.tracking.server import is_absent, mlflow_client, one_message, tracking_uri
 from pipeline.version import package_version
 
@@ -238,8 +238,14 @@ def register_trained(cfg: RunConfig) -> int:
     if run_id is not None:
         import mlflow
 
-        return register_model(cfg, Run(mlflow.get_tracking_uri(), run_id), cfg.model_dir)
-    with start_run(cfg, read_manifest(cfg.sequence_dir)) as run:  # it was trained without tracking
+        if find_active(mlflow_client(), run_id) is not None:
+            return register_model(cfg, Run(mlflow.get_tracking_uri(), run_id), cfg.model_dir)
+        logger.warning(
+            "the model's MLflow run %s is not on this server: it is registered with a new one",
+            run_id,
+        )
+    # it was trained without tracking, or its run is gone
+    with start_run(cfg, read_manifest(cfg.sequence_dir)) as run:
         return register_model(cfg, run, cfg.model_dir)
 
 
@@ -415,7 +421,7 @@ def roll_back(name: str) -> int:
     """Move `champion` back to the version that it stood on before; returns its number.
 
     Raises:
-        UserError: there is no champion, or none before it.
+        UserError: there is no champion, none before it, or that one was deleted.
     """
     client = mlflow_client()
     with one_message():
@@ -425,6 +431,7 @@ def roll_back(name: str) -> int:
             raise UserError(
                 f"{name} version {champion.version} is the first champion: nothing to roll back to"
             )
+        _version(client, name, int(previous))  # it may have been deleted meanwhile
         client.set_registered_model_alias(name, CHAMPION, previous)
         client.set_model_version_tag(
             name, champion.version, "promotion", f"rolled back to version {previous}"

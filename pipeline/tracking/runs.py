@@ -38,6 +38,7 @@ from pipeline.tracking.server import is_absent, mlflow_client, one_message
 
 if typing.TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
 
     from pipeline.sequences.store import Manifest
 
@@ -199,24 +200,30 @@ def _earlier_run(note: Path, manifest: "Manifest") -> tuple[str, int] | None:
     """Id and attempt of the run that `note` names, if this server has it and it read the same
     sequences.
     """
-    from mlflow.exceptions import MlflowException
-
     if not note.exists():
         return None
 
     run_id = json.loads(note.read_text())["run_id"]
+    found = find_active(mlflow_client(), run_id)
+    if found is None or found.data.tags.get("manifest") != manifest.digest:
+        return None
+    return run_id, int(found.data.tags.get("attempt", "1"))
+
+
+def find_active(client: "MlflowClient", run_id: str) -> "MlflowRun | None":
+    """The run of this id; None where it was deleted, or the server has never heard of it: it is
+    another one, or has an older database.
+    """
+    from mlflow.exceptions import MlflowException
+
     try:
         with one_message():
-            found = mlflow_client().get_run(run_id)
+            found = client.get_run(run_id)
     except MlflowException as error:
         if is_absent(error):
             return None
         raise
-
-    deleted = found.info.lifecycle_stage != "active"
-    if deleted or found.data.tags.get("manifest") != manifest.digest:
-        return None
-    return run_id, int(found.data.tags.get("attempt", "1"))
+    return found if found.info.lifecycle_stage == "active" else None
 
 
 def start_run(

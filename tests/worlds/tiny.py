@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -149,8 +150,13 @@ def _write(folder: Path, name: str, table: pa.Table, rows: int) -> store.Bucket:
     return store.Bucket(name, table.num_rows, rows, (folder / name).stat().st_size, "")
 
 
-def save_tiny_model(cfg: RunConfig, folder: Path, seed: int = 0, val_ne: float = 0.9) -> Path:
-    """Random weights, large enough that scores differ visibly, and the numbers of an evaluation."""
+def save_tiny_model(
+    cfg: RunConfig, folder: Path, seed: int = 0, val_ne: float = 0.9, **extra: Any
+) -> Path:
+    """Random weights, large enough that scores differ visibly, and the numbers of an evaluation.
+
+    `extra` is what the artifact says of its training.
+    """
     torch.manual_seed(seed)
     maps = fit_features(cfg)
     model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates)
@@ -158,7 +164,7 @@ def save_tiny_model(cfg: RunConfig, folder: Path, seed: int = 0, val_ne: float =
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3)
-    save_model(folder, model, cfg, maps, {})
+    save_model(folder, model, cfg, maps, extra)
     metrics = {f"val/ne/{task}": val_ne for task in cfg.tasks} | {"test/auc/is_click": 0.7}
     metrics |= {f"val/baseline_ne/{task}": 0.99 for task in cfg.tasks}
     (folder / "metrics.json").write_text(json.dumps(metrics))
