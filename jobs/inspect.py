@@ -145,8 +145,11 @@ def print_logs(logs: Sample, guess: Guess) -> None:
         theirs = guess.column_of(ours)
         if theirs in logs.rows.column_names:
             print(f"{len(logs.rows[theirs].unique()):,} different {theirs}")
-    if len(guess.actions) == 1 and "happened" in guess.actions:
-        print("no action is told: every row is taken as one that happened, and none that did not")
+    if guess.implicit:
+        print(
+            "no row says what was shown and not chosen: other items are drawn beside each that was "
+            "(examples.negatives)"
+        )
 
 
 def first_values(column: pa.Array) -> list[Any]:
@@ -164,7 +167,7 @@ def print_columns(rows: pa.Table, roles: dict[str, str]) -> None:
         column = plain_values(rows[name])
         different = "" if pa.types.is_nested(column.type) else f"{len(column.unique()):,}"
         null = f"{column.null_count / max(len(column), 1):.0%}"
-        examples = ", ".join(map(str, first_values(column)))
+        examples = " ".join(", ".join(map(str, first_values(column))).split())  # of one line
         if len(examples) > WIDEST:
             examples = examples[: WIDEST - 1] + "…"
         lines.append((name, str(column.type), null, different, examples, roles.get(name, "")))

@@ -7,7 +7,8 @@ import json
 import re
 import zoneinfo
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, date, datetime, time
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,12 @@ import pytest
 from jobs import inspect
 from pipeline import config
 from pipeline.batches.features import fit_features
+from pipeline.config import ColumnReading
+from pipeline.logs.columns import time_values
 from pipeline.logs.ids import id_code
 from pipeline.logs.looking import sample
+from pipeline.logs.looking.guess import time_option
+from pipeline.logs.times import read_times, show_time
 from pipeline.sequences import build, store
 from pipeline.sequences.dictionary import read_dictionary
 from tests.worlds.logs import here
@@ -353,6 +358,102 @@ def test_a_shop_in_germany(here: None, tmp_path: Path) -> None:
         bought = [mask >> 1 & 1 for mask in user["action_mask"]]
         rows = list(zip(user["event_time"], np.round(user["preis"], 2), bought, strict=True))
         assert rows == expected[people_of[user["user_id"]]]
+
+
+def test_a_grocer_with_tills(here: None, tmp_path: Path) -> None:
+    """Baskets without a card, returns below 0, the time of day in a column of its own, and a name
+    of two lines.
+    """
+    rows = {
+        "ticket": np.repeat(np.arange(1000, 1000 + ROWS // 4), 4),
+        "card": [70 + row // 16 if row % 8 else None for row in range(ROWS)],
+        "date": [f"2026-01-{1 + row // 20:02}" for row in range(ROWS)],
+        "time": [f"{9 + row // 4 % 5}:{row // 4 % 60:02}" for row in range(ROWS)],
+        "sku": [f"{row % 60:06}" for row in range(ROWS)],
+        "qty": [-1 if row % 50 == 1 else 1 + row % 3 for row in range(ROWS)],
+    }
+    rows["amount"] = np.array(rows["qty"]) * 1.25
+    (tmp_path / "logs").mkdir()
+    write_csv(tmp_path / "logs" / "tickets.csv", rows)
+    items = [f'{item:06},"Rice\nlong grain",D{item % 3}' for item in range(60)]
+    (tmp_path / "items.csv").write_text("\n".join(["sku,name,dept", *items]))
+
+    cfg = looked_at(tmp_path, "--items", str(tmp_path / "items.csv"))
+    event_time = cfg.source.columns["event_time"]
+    assert isinstance(event_time, ColumnReading)
+    assert (event_time.column, event_time.clock) == ("date", "time")
+    assert cfg.source.columns["user_id"] == "card"
+    assert cfg.examples.negatives > 0
+    cfg = replace(cfg, checks=replace(cfg.checks, max_quarantined_share=0.2))
+    manifest = build.build_sequences(cfg)
+    assert manifest.quarantined == {"null_user_id": ROWS // 8}
+
+    expected = set()
+    for row in range(ROWS):
+        if rows["card"][row] is not None:
+            local = datetime.strptime(f"{rows['date'][row]} {rows['time'][row]}", "%Y-%m-%d %H:%M")
+            moment = int(local.replace(tzinfo=UTC).timestamp()) * 1000
+            bought, amount = rows["qty"][row] > 0, float(rows["amount"][row])
+            expected.add((rows["card"][row], moment, bought, amount))
+    found = set()
+    for user in store.read_sequences(cfg.sequence_dir).to_pylist():
+        actions = [bool(mask) for mask in user["action_mask"]]
+        for event in zip(user["event_time"], actions, user["amount"], strict=True):
+            found.add((user["user_id"], *event))
+    assert found == expected
+
+
+def test_a_music_service_with_hashes_of_64_bits(
+    here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw = Draw()
+    listener = draw.rng.integers(-(2**63), 2**63 - 1, 30)[draw.user]
+    plays = {
+        "listener": pa.array(listener),
+        "track_uri": [f"track:{item}" for item in draw.item],
+        "ts": pa.array(draw.seconds * 1_000_000),
+        "ms_played": pa.array(draw.rng.integers(100, 1500, ROWS)),
+        "event": ["play"] * ROWS,
+    }
+    (tmp_path / "logs").mkdir()
+    pq.write_table(pa.table(plays), tmp_path / "logs" / "plays.parquet")
+    cfg = looked_at(tmp_path)
+    assert cfg.source.columns["watch_ms"] == "ms_played"
+    assert cfg.examples.negatives > 0, "every row is a play"
+
+    numbers = replace(cfg.source, columns={**cfg.source.columns, "user_id": "listener"})
+    build.plan_build(replace(cfg, source=numbers))
+    assert "user_id is a hash of 64 bits" in caplog.text
+    assert build.build_sequences(cfg).quarantined == {}
+
+
+@pytest.mark.parametrize(
+    ("date", "clock", "option"),
+    [
+        (20260105, 905, {"format": "%Y%m%d %H%M"}),
+        (20260105.0, 90500, {"format": "%Y%m%d %H%M%S"}),
+        ("05.01.2026", "9:05", {"format": "%d.%m.%Y %H:%M"}),
+        (date(2026, 1, 5), time(9, 5), {}),
+        (datetime(2026, 1, 5), "09:05:00.0", {}),
+    ],
+)
+def test_a_date_and_a_time_of_day_in_two_columns(
+    date: object, clock: object, option: dict[str, str]
+) -> None:
+    reading = ColumnReading(column="day", clock="clock", zone="UTC", **option)
+    block = pa.table({"day": [date, date, None], "clock": [clock, None, clock]})
+    found = read_times(time_values(block, reading), reading).to_pylist()
+    assert found == [int(datetime(2026, 1, 5, 9, 5, tzinfo=UTC).timestamp()) * 1000, None, None]
+
+
+def test_days_as_numbers_are_times() -> None:
+    days = pa.array([20260105, 20260228])
+    option = time_option("day_date", days)
+    assert option == {"format": "%Y%m%d", "zone": "UTC"}
+    read = read_times(days, ColumnReading(column="day_date", **option))
+    assert [show_time(moment)[:10] for moment in read.to_pylist()] == ["2026-01-05", "2026-02-28"]
+    assert time_option("day_date", pa.array([20261305])) is None, "there is no 13th month"
+    assert time_option("item_id", days) is None
 
 
 def test_an_app_with_objects_in_its_lines(here: None, tmp_path: Path) -> None:

@@ -175,7 +175,13 @@ class ColumnReading:
     format: str | None = setting(
         None,
         doc='Of event_time: form of times that are text, as strptime has it: "%m/%d/%Y %I:%M:%S '
-        '%p". Null: ISO 8601.',
+        '%p", or of dates that are numbers: "%Y%m%d". Null: ISO 8601.',
+    )
+    clock: str | None = setting(
+        None,
+        doc="Of event_time: column of the time of day, where `column` holds the date alone. The "
+        "two are read as one text with a blank between them; numbers such as 905 need a format, "
+        '"%Y%m%d %H%M".',
     )
     equals: tuple[str, ...] = setting((), doc="Of an action: the values that mean yes.")
     at_least: float | None = setting(None, doc="Of an action: numbers from here on mean yes.")
@@ -223,7 +229,7 @@ class ColumnReading:
         """
         allowed = {"column"}
         if name == "event_time":
-            allowed |= {"unit", "start", "zone", "format"}
+            allowed |= {"unit", "start", "zone", "format", "clock"}
         elif name in TEXT_IDS:
             allowed |= {"unknown", "text"}
         elif role == "action":
@@ -253,6 +259,9 @@ class ColumnReading:
     def _check_times(self, key: str) -> None:
         if self.start is not None:
             parse_time(f"{key}.start", self.start)
+        numbers = self.unit is not None or self.start is not None
+        rule = "left out beside unit and start"
+        require(self.clock is None or not numbers, f"{key}.clock", self.clock, rule)
         if self.zone is not None:
             require(_is_zone(self.zone), f"{key}.zone", self.zone, "a zone such as Europe/Berlin")
 

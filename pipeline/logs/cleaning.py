@@ -75,7 +75,14 @@ class LogRules:
     @property
     def named_columns(self) -> list[str]:
         """The columns of the files that LOG is read from."""
-        return list(dict.fromkeys(theirs for theirs in self.columns.values() if theirs))
+        named = [theirs for theirs in self.columns.values() if theirs]
+        return list(dict.fromkeys([*named, *self.clock_columns]))
+
+    @property
+    def clock_columns(self) -> list[str]:
+        """The column of the time of day, where it is apart from the date."""
+        reading = self.readings.get("event_time")
+        return [] if reading is None or reading.clock is None else [reading.clock]
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -127,6 +134,8 @@ def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
     for name in LOG_REQUIRED:
         if rules.columns[name] not in schema.names:
             raise UserError(f"{file}: {_lacks(name, rules, schema)}")
+    for clock in rules.clock_columns:
+        _check_clock(schema, rules.readings["event_time"], clock, file)
 
     by_name = {column.name: column for column in rules.events.log_columns}
     for name, theirs in rules.columns.items():
@@ -138,6 +147,27 @@ def check_columns(schema: pa.Schema, rules: LogRules, file: str) -> None:
         if wanted is not None:
             where = f"{theirs!r} (source.columns.{name})" if theirs != name else repr(name)
             raise UserError(f"{file}: column {where} must be {wanted}, found {found}")
+
+
+def _check_clock(schema: pa.Schema, reading: ColumnReading, clock: str, file: str) -> None:
+    """Raises UserError where the time of day is not there, or of no type that can be joined."""
+    key = f"source.columns.event_time.clock: {clock}"
+    if clock not in schema.names:
+        raise UserError(f"{file}: no column {clock!r} ({key}); found {schema.names}")
+
+    found = plain_type(schema.field(clock).type)
+    if is_number(found) and reading.format is None:
+        raise UserError(
+            f"{file}: column {clock!r} ({key}) holds numbers: set source.columns.event_time.format "
+            f"to the form of date and time together, such as '%Y%m%d %H%M'"
+        )
+    if not (is_text(found) or is_number(found) or pa.types.is_time(found)):
+        raise UserError(f"{file}: column {clock!r} ({key}) must be a time of day, found {found}")
+    date = plain_type(schema.field(reading.column).type)
+    if pa.types.is_timestamp(date) and date.tz is not None:
+        raise UserError(
+            f"{file}: column {reading.column!r} beside {key} must be a date, found {date}"
+        )
 
 
 def check_presence(schemas: Mapping[str, pa.Schema], rules: LogRules) -> dict[str, int]:

@@ -52,7 +52,7 @@ def read_column(block: pa.Table, column: Column, reading: ColumnReading | str) -
         return ReadColumn(values.cast(pa.int64(), safe=False))
 
     if column.name == "event_time":
-        return _marked(values, times.read_times(values, how))
+        return _marked(values, times.read_times(time_values(block, how), how))
     if column.role == "action":
         return _read_action(values, how)
     if how.unknown:
@@ -64,6 +64,14 @@ def read_column(block: pa.Table, column: Column, reading: ColumnReading | str) -
     if column.is_float:
         return _read_floats(values, column.dtype)
     return _read_integers(values, how)
+
+
+def time_values(block: pa.Table, how: ColumnReading) -> pa.Array:
+    """The column of times, or of dates with the times of day beside them."""
+    values = plain_values(block[how.column])
+    if how.clock is None:
+        return values
+    return times.join_clock(values, plain_values(block[how.clock]), how.format)
 
 
 def plain_values(column: pa.ChunkedArray) -> pa.Array:

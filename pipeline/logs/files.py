@@ -161,8 +161,8 @@ def _text_files(path: str | Path, left_out: dict[str, str], form: FileFormat) ->
             kinds[name] = kind
     if len(set(kinds.values())) > 1:
         raise UserError(
-            f"{path} has files of CSV and of JSON lines, and none of Parquet: set the format's "
-            "kind to csv or json"
+            f"{path} has files of CSV and of JSON lines, and none of Parquet: name those of one "
+            f"table, as {path}/**/*.csv, or set the format's kind to csv or json"
         )
     for name in kinds:
         del left_out[name]

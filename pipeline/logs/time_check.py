@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import ColumnReading, UserError
 from pipeline.logs.cleaning import LogRules, rules_of_file
-from pipeline.logs.columns import is_number, is_text, plain_values
+from pipeline.logs.columns import is_number, is_text, time_values
 from pipeline.logs.rows import open_rows
 from pipeline.logs.times import UNIT_WORDS, guess_unit, read_times, show_time
 from pipeline.schema import DAY_MS
@@ -54,11 +54,12 @@ def _spread(files: Sequence[str]) -> list[str]:
 def first_rows(file: str, rules: LogRules) -> pa.Array | None:
     """The times among a file's first rows; None of a file that we wrote, or without any."""
     name = rules.columns["event_time"]
-    with open_rows(file, rules.format, columns=[name]) as rows:
+    reading = rules.readings.get("event_time", ColumnReading(column=name))
+    with open_rows(file, rules.format, columns=[name, *rules.clock_columns]) as rows:
         if rules_of_file(rows.schema, rules) is not rules:
             return None
         for block in rows.blocks(SAMPLE_ROWS, [0]):
-            values = plain_values(block[name]).drop_null()
+            values = time_values(block, reading).drop_null()
             return values if len(values) else None
     return None
 
@@ -68,7 +69,10 @@ def _find_problem(
 ) -> str | None:
     """What is wrong with all of the values, in words; None where one is fine."""
     examples = ", ".join(map(str, values.slice(0, EXAMPLES).to_pylist()))
-    holds = f"column {reading.column!r} for event_time holds {examples}"
+    columns = f"column {reading.column!r}"
+    if reading.clock is not None:
+        columns += f" and column {reading.clock!r}"
+    holds = f"{columns} for event_time holds {examples}"
 
     known = time.drop_null().to_numpy()
     if len(known) == 0:
@@ -91,9 +95,15 @@ def _way(values: pa.Array, reading: ColumnReading) -> str:
     return UNIT_WORDS.get(unit, unit)
 
 
+def _option_of(reading: ColumnReading) -> str:
+    """The beginning of the setting that reads the times in another way."""
+    clock = f"clock: {reading.clock}, " if reading.clock is not None else ""
+    return f"source.columns.event_time={{column: {reading.column}, {clock}"
+
+
 def _advice_for_text(values: pa.Array, reading: ColumnReading) -> str:
     """Text without an offset where no zone is given, or of another form."""
-    option = f"source.columns.event_time={{column: {reading.column}, "
+    option = _option_of(reading)
     if reading.zone is None:
         local = ColumnReading(column=reading.column, format=reading.format, zone="UTC")
         if read_times(values, local).null_count < len(values):
@@ -110,7 +120,7 @@ def _advice(values: pa.Array, known: np.ndarray, reading: ColumnReading, rules: 
         numbers = _numbers_of_text(values)
 
     unit = guess_unit(numbers[np.isfinite(numbers)])
-    option = f"source.columns.event_time={{column: {reading.column}, "
+    option = _option_of(reading)
     if unit is None and len(numbers) and numbers.min() >= 0 and known.max() < 50 * 365 * DAY_MS:
         return (
             f"They count from another start, or are only an order: set {option}unit: s, start: "

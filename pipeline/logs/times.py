@@ -37,9 +37,10 @@ def read_times(values: pa.Array, reading: ColumnReading) -> pa.Array:
 
     Whole numbers of small units and timestamps are rounded down to the millisecond, others to the
     nearest. Text that is a number is one of `unit`; text without an offset is of `zone`, and cannot
-    be read where none is given.
+    be read where none is given. Numbers beside a `format` are read as the text of their digits.
     """
     kind = values.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if pa.types.is_null(kind):
         return pa.nulls(len(values), pa.int64())
     if pa.types.is_timestamp(kind) and kind.tz is not None:
@@ -47,11 +48,36 @@ def read_times(values: pa.Array, reading: ColumnReading) -> pa.Array:
     if needs_zone(kind):
         local = values.cast(pa.timestamp("ms"), safe=False)
         return _in_zone(local, reading.zone)
+    if reading.format is not None and not is_text:
+        return _from_text(_as_text(values), reading)
     if pa.types.is_integer(kind):
         return _from_integers(values, reading)
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return _from_floats(values.cast(pa.float64(), safe=False), reading)
     return _from_text(values.cast(pa.large_string()), reading)
+
+
+def join_clock(dates: pa.Array, clocks: pa.Array, form: str | None) -> pa.Array:
+    """Dates and times of day from two columns as one text; null where either is unknown.
+
+    2026-01-05, 9:05      2026-01-05 09:05
+    20260105, 905         20260105 0905, by the format "%Y%m%d %H%M"
+    """
+    if pa.types.is_timestamp(dates.type):
+        dates = dates.cast(pa.date32(), safe=False)
+    date, clock = _as_text(dates), _as_text(clocks)
+    if pa.types.is_integer(clocks.type) or pa.types.is_floating(clocks.type):
+        clock = pc.utf8_lpad(clock, 6 if form is not None and "%S" in form else 4, "0")
+    clock = pc.replace_substring_regex(clock, r"^(\d):", r"0\1:")
+    return pc.binary_join_element_wise(date, clock, pa.scalar(" ", date.type))
+
+
+def _as_text(values: pa.Array) -> pa.Array:
+    """20260105.0 is 20260105."""
+    if pa.types.is_floating(values.type):
+        known = pc.if_else(pc.is_finite(values), values, pa.scalar(None, values.type))
+        values = known.cast(pa.int64(), safe=False)
+    return pc.utf8_trim_whitespace(values.cast(pa.large_string()))
 
 
 def _from_integers(values: pa.Array, reading: ColumnReading) -> pa.Array:

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from pipeline import config
 from pipeline.config import (
     CheckConfig,
+    ColumnReading,
     DriftConfig,
     FeatureConfig,
     RunConfig,
@@ -77,7 +78,12 @@ from pipeline.sequences.quality.periods import (
     distinct_items,
     period_edges,
 )
-from pipeline.sequences.quality.statistics import Statistics, log_hints, positives_only
+from pipeline.sequences.quality.statistics import (
+    Statistics,
+    hash_hint,
+    log_hints,
+    positives_only,
+)
 from pipeline.sequences.repeats import RepeatRule
 from pipeline.sequences.side_tables import (
     read_side_table,
@@ -115,6 +121,9 @@ def plan_build(cfg: RunConfig) -> dict[str, object]:
     rows_per_bucket = rows // rules.num_buckets
 
     sample = sample_ids([file for file in logs.files if rows_of_files[file]], rules)
+    for name, count in sample.no_numbers.items():
+        if hint := hash_hint(name, count, sample.rows, rules):
+            logger.warning("%s: %d of %d rows are no ids; %s", name, count, sample.rows, hint)
     joined = _check_sampled_joins(logs, rules, sample, rows, cfg.checks.min_joined_share)
     # a user is never divided
     user_rows = round(sample.largest_user() * rows)
@@ -317,6 +326,16 @@ def _file_order(all_parts: Sequence[Part], live_dir: Path) -> dict[int, int]:
     return {key: place for place, key in enumerate(in_order)}
 
 
+def _reading_settings(reading: ColumnReading) -> dict[str, object]:
+    """The reading as settings; one without a clock as before there were any, so that parts keep
+    their names.
+    """
+    settings = config.to_dict(reading)
+    if reading.clock is None:
+        del settings["clock"]
+    return settings
+
+
 def _make_parts(
     sequences: SequenceConfig,
     files: Mapping[str, str],
@@ -337,7 +356,7 @@ def _make_parts(
     }
     if rules.readings:  # parts of plain columns keep their names
         settings["readings"] = {
-            name: config.to_dict(reading) for name, reading in rules.readings.items()
+            name: _reading_settings(reading) for name, reading in rules.readings.items()
         }
     if rules.format != PLAIN:
         settings["format"] = form_settings(rules.format)

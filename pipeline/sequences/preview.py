@@ -25,6 +25,7 @@ class IdSample:
     codes: dict[str, np.ndarray]  # int64, of NAMED_IDS
     examples: dict[str, list[OwnId]]  # a few of each, as people have them
     rows: int  # that were looked at
+    no_numbers: dict[str, int]  # of each, rows with a number that no id is: below 0, above int64
 
     def largest_user(self) -> float:
         """Share of the rows looked at that the user with the most of them has."""
@@ -48,6 +49,7 @@ def sample_ids(files: Sequence[str], rules: LogRules) -> IdSample:
 
     rows = 0
     pieces: dict[str, list[np.ndarray]] = {}
+    no_numbers = dict.fromkeys(NAMED_IDS, 0)
     examples: dict[str, list[OwnId]] = {}
     for name in NAMED_IDS:
         pieces[name], examples[name] = [np.empty(0, np.int64)], []
@@ -61,12 +63,13 @@ def sample_ids(files: Sequence[str], rules: LogRules) -> IdSample:
         for name in NAMED_IDS:
             known = coded.codes[name].drop_null()
             pieces[name].append(known.to_numpy())
+            no_numbers[name] += int(coded.unreadable[name].sum() + (known.to_numpy() < 0).sum())
             if not examples[name]:
                 own = coded.pairs[name]["id"] if name in coded.pairs else known
                 examples[name] = own.slice(0, 3).to_pylist()
 
     codes = {name: np.concatenate(found) for name, found in pieces.items()}
-    return IdSample(codes, examples, rows)
+    return IdSample(codes, examples, rows, no_numbers)
 
 
 def _first_rows(file: str, rows: int, rules: LogRules) -> pa.Table:

@@ -13,19 +13,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import ColumnReading
+from pipeline.config.logs import Unit
 from pipeline.logs.columns import is_number, is_text, plain_values
 from pipeline.logs.ids import id_kind
-from pipeline.logs.times import NUMBER, guess_unit, needs_zone, read_times
-from pipeline.schema import LOG_OPTIONAL, RESERVED
+from pipeline.logs.times import (
+    NUMBER,
+    PLAUSIBLE_YEARS,
+    guess_unit,
+    join_clock,
+    needs_zone,
+    read_times,
+)
+from pipeline.schema import DAY_MS, LOG_OPTIONAL, RESERVED
 
 USER = re.compile(
     r"^(.*_)?(user|uid|visitor|customer|client|member|reviewer|msno|person|listener|viewer|reader|"
-    r"subscriber|player|account|kunde|nutzer|benutzer|usuario|utilisateur)"
+    r"subscriber|player|account|household|shopper|buyer|patron|loyalty|card|cookie|kunde|nutzer|"
+    r"benutzer|usuario|utilisateur)"
 )
 ITEM = re.compile(
     r"^(item|product|parent_asin|asin|video|movie|film|track|song|article|news|content|book|ad_?id|"
-    r"sku|campaign|business|listing|offer|doc|episode|podcast|recipe|artikel|produkt|produit)"
+    r"sku|stock_?code|ean|gtin|upc|isbn|campaign|business|listing|offer|doc|episode|podcast|recipe|"
+    r"artikel|produkt|produit)"
 )
+# what several rows of one visit to a shop share: neither a user nor an item
+BASKET = re.compile(r"^(ticket|order|basket|invoice|receipt|transaction|checkout|bon|beleg)")
+QUANTITY = re.compile(r"^(qty|quantity|quantite|units|pieces|menge|anzahl|stueck|cantidad)$")
 TIME = re.compile(r"(time|^ts$|date|^t_|created|_at$|zeit|datum|fecha)")
 ORDER = re.compile(r"^(position|order|seq|step|rank|index)$")
 EVENT = re.compile(r"^(event|action|behavio|feedback|interaction|type$|ereignis|aktion)")
@@ -33,8 +46,17 @@ STARS = re.compile(r"(rating|stars?$|score|overall|grade)")
 SHARE = re.compile(r"(ratio|percent|pct|completion)")
 WATCH = re.compile(
     r"(watch|play|dwell|listen|spent|viewed).*(ms|sec|time|length|duration)|watch_ms"
+    r"|^(dwell|time_spent)|(watch|play|dwell|listen)\w*_(s|min|minutes)$"
+    r"|^(ms|secs?|seconds|min|minutes|duration)_(watched|played|listened|viewed)"
+)
+# the unit that a name says
+WATCH_UNITS: tuple[tuple[re.Pattern[str], Unit], ...] = (
+    (re.compile(r"(^|_)(ms|msecs?|millis|milliseconds)(_|$)"), "ms"),
+    (re.compile(r"(^|_)(s|secs?|seconds)(_|$)"), "s"),
+    (re.compile(r"(^|_)(min|mins|minutes)(_|$)"), "min"),
 )
 PRICE = re.compile(r"(price|amount|revenue|cost|preis|prix|precio)")
+WATCH_WORDS = {"ms": "milliseconds", "s": "seconds", "min": "minutes"}
 REQUEST = re.compile(
     r"^(tab|surface|device|os|platform|page|channel|region|country|browser|slot|is_organic|kanal)"
 )
@@ -42,6 +64,7 @@ PANDAS_INDEX = re.compile(r"^__index_level_\d+__$")
 # those with AM and PM first, and the day before the month where both can be
 DATES = ("%d.%m.%Y", "%d/%m/%Y", "%d-%m-%Y", "%m/%d/%Y", "%m-%d-%Y", "%Y/%m/%d", "%Y.%m.%d")
 WORDY_DATES = ("%d %b %Y", "%d-%b-%Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y")
+CLOCK = r"^ ?\d{1,2}:\d\d(:\d\d(\.\d+)?)?$"  # a time of day in a column of its own
 CLOCKS = (" %H:%M:%S", " %H:%M:%S.%f", " %H:%M", "", ", %H:%M:%S", ", %H:%M", "T%H:%M:%S")
 MOST_ACTIONS, MOST_VALUES = 8, 50
 SHARE_OF_STARS = 0.8  # 4 of 5, 8 of 10
@@ -67,7 +90,8 @@ class Guess:
     columns: dict[str, Any] = field(default_factory=dict)
     actions: dict[str, Any] = field(default_factory=dict)
     request: list[str] = field(default_factory=list)
-    outcomes: list[str] = field(default_factory=list)
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)  # as outcome_columns
+    implicit: bool = False  # no row says that something was shown and not chosen
     roles: dict[str, str] = field(default_factory=dict)  # column of the files -> what it is
     times: pa.Array | None = None  # int64 ms of the sample
     missing: list[str] = field(default_factory=list)  # what no column was found for
@@ -147,9 +171,44 @@ def _guess_time(values: dict[str, pa.Array], guess: Guess) -> None:
         return
 
     *_, name, option = max(found, key=lambda one: one[:3])
+    guess.times = read_times(values[name], ColumnReading(column=name, **option))
+    clock = _clock_beside(guess.times, values) if "zone" in option else None
+    if clock is not None:
+        option = {"clock": clock, **option}
+        if "format" in option:
+            option["format"] += _clock_form(values[clock])
+        guess.roles[clock] = "time of day"
+        reading = ColumnReading(column=name, **option)
+        joined = join_clock(values[name], values[clock], reading.format)
+        guess.times = read_times(joined, reading)
+
     guess.columns["event_time"] = {"column": name, **option} if option else name
     guess.roles[name] = "time" + (f", {_words(option)}" if option else "")
-    guess.times = read_times(values[name], ColumnReading(column=name, **option))
+
+
+def _clock_beside(times: pa.Array, values: dict[str, pa.Array]) -> str | None:
+    """The column of the time of day, where all times are the beginnings of days."""
+    known = times.drop_null().to_numpy()
+    if len(known) == 0 or (known % DAY_MS).any():
+        return None
+    for name, column in values.items():
+        column = column.drop_null()
+        if not len(column):
+            continue
+        if pa.types.is_time(column.type):
+            return name
+        if is_text(column.type):
+            found = pc.match_substring_regex(column.slice(0, 1000), CLOCK)
+            if pc.all(found).as_py():
+                return name
+    return None
+
+
+def _clock_form(clocks: pa.Array) -> str:
+    """The form of the times of day, after a blank."""
+    first = str(clocks.drop_null()[0])
+    fraction = ".%f" if "." in first else ""
+    return " %H:%M:%S" + fraction if first.count(":") == 2 else " %H:%M"
 
 
 def _words(option: dict[str, Any]) -> str:
@@ -170,6 +229,8 @@ def time_option(name: str, column: pa.Array) -> dict[str, Any] | None:
         number = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         number = number[np.isfinite(number) & (number > 0)]
         unit = guess_unit(number)
+        if unit is None and _are_days(name, column, number):
+            return {"format": "%Y%m%d", "zone": "UTC"}
         return {} if unit == "ms" else None if unit is None else {"unit": unit}
     if not is_text(kind):
         return None
@@ -187,6 +248,17 @@ def time_option(name: str, column: pa.Array) -> dict[str, Any] | None:
         if times.null_count <= 0.01 * len(times):
             return option
     return None
+
+
+def _are_days(name: str, column: pa.Array, number: np.ndarray) -> bool:
+    """True for whole numbers such as 20260105, in a column with the name of a time."""
+    if not TIME.search(plain_name(name)) or not len(number):
+        return False
+    first, last = (year * 10_000 for year in PLAUSIBLE_YEARS)
+    if number.min() < first or number.max() >= last or (number != np.floor(number)).any():
+        return False
+    reading = ColumnReading(column=name, format="%Y%m%d", zone="UTC")
+    return read_times(column, reading).null_count == 0
 
 
 # Ids -------------------------------------------------------------------------
@@ -211,10 +283,31 @@ def _guess_ids(values: dict[str, pa.Array], guess: Guess, as_text: Collection[st
 
         name = choice[0]
         guess.roles[name] = "user" if ours == "user_id" else "item"
+        option = _id_option(values[name])
         if name in as_text:
-            guess.columns[ours] = {"column": name, "text": True}
+            option["text"] = True
+        if option.get("text"):
+            guess.roles[name] += ", its digits as text"
+        if option:
+            guess.columns[ours] = {"column": name, **option}
         elif name != ours:
             guess.columns[ours] = name
+
+
+def _id_option(column: pa.Array) -> dict[str, Any]:
+    """How numbers are read that are no ids of 63 bits.
+
+    7, -1            {unknown: -1}: nobody
+    7, -2^62, 2^63   {text: true}: hashes
+    """
+    if not is_number(column.type):
+        return {}
+    number = column.drop_null().cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    number = number[np.isfinite(number)]
+    outside = number[(number < 0) | (number >= 2.0**63)]
+    if not len(outside):
+        return {}
+    return {"unknown": -1} if set(outside.tolist()) == {-1.0} else {"text": True}
 
 
 def may_be_id(column: pa.Array) -> bool:
@@ -230,7 +323,8 @@ def may_be_id(column: pa.Array) -> bool:
 
 def _by_values(values: pa.Array, guess: Guess, ours: str) -> list[str]:
     """Columns whose names say nothing of another meaning."""
-    meanings = [USER if ours == "item_id" else ITEM, TIME, EVENT, STARS, SHARE, WATCH, PRICE]
+    other = USER if ours == "item_id" else ITEM
+    meanings = [other, TIME, EVENT, STARS, SHARE, WATCH, PRICE, BASKET, QUANTITY]
     found = []
     for name in _left(values, guess):
         column, plain = values[name], plain_name(name)
@@ -298,11 +392,33 @@ def _guess_actions(values: dict[str, pa.Array], guess: Guess) -> None:
             guess.roles[name] = f"action {ours}: from {bound:g} on, of {float(top):g}"
         taken |= set(guess.actions)
 
+    guess.implicit = all(_is_always(values, rule) for rule in guess.actions.values())
     if not guess.actions:
-        # no good row is without a user
-        user = next((name for name, role in guess.roles.items() if role == "user"), None)
-        if user is not None:
-            guess.actions["happened"] = {"column": user, "present": True}
+        _add_only_action(values, guess)
+
+
+def _is_always(values: dict[str, pa.Array], rule: dict[str, Any] | None) -> bool:
+    """True for an action of an event type that is the only one, as in a log of plays."""
+    if rule is None or "equals" not in rule:
+        return False
+    return pc.count_distinct(values[rule["column"]]).as_py() == 1
+
+
+def _add_only_action(values: dict[str, pa.Array], guess: Guess) -> None:
+    """Every row is one action, but for quantities below 0: what came back was not bought."""
+    for name in _left(values, guess):
+        column = values[name]
+        is_quantity = QUANTITY.match(plain_name(name)) and is_number(column.type)
+        if is_quantity and pc.any(pc.less(column, 0)).as_py():
+            least = 1 if pa.types.is_integer(column.type) else 1e-6
+            guess.actions["bought"] = {"column": name, "at_least": least}
+            guess.roles[name] = "action bought: those above 0"
+            return
+
+    # no good row is without a user
+    user = guess.column_of("user_id")
+    if guess.roles.get(user, "").startswith("user"):
+        guess.actions["happened"] = {"column": user, "present": True}
 
 
 def _are_words(column: pa.Array) -> bool:
@@ -333,13 +449,14 @@ def _guess_others(values: dict[str, pa.Array], guess: Guess) -> None:
         column, plain = values[name], plain_name(name)
         leaf = plain_name(name.rpartition(".")[2])  # of the field of an object
         if WATCH.search(plain) and is_number(column.type) and "watch_ms" not in guess.columns:
-            number = column.drop_null().cast(pa.float64(), safe=False).to_numpy()
-            in_seconds = len(number) > 0 and np.nanmedian(number) < 1000
-            guess.columns["watch_ms"] = {"column": name, "unit": "s"} if in_seconds else name
-            guess.roles[name] = "watch time, " + ("seconds" if in_seconds else "milliseconds")
+            unit = _watch_unit(leaf, column)
+            guess.columns["watch_ms"] = name if unit == "ms" else {"column": name, "unit": unit}
+            guess.roles[name] = f"watch time, {WATCH_WORDS[unit]}"
         elif PRICE.search(plain) and is_number(column.type):
             ours = log_name(name, taken)
-            guess.outcomes.append(ours)
+            # a refund is no bad row
+            has_negative = pc.any(pc.less(column, 0)).as_py()
+            guess.outcomes[ours] = {"at_least": None} if has_negative else {}
             if ours != name:
                 guess.columns[ours] = name
             guess.roles[name] = "outcome"
@@ -351,3 +468,14 @@ def _guess_others(values: dict[str, pa.Array], guess: Guess) -> None:
             elif ours != name:
                 guess.columns[ours] = name
             guess.roles[name] = "request column"
+
+
+def _watch_unit(name: str, column: pa.Array) -> Unit:
+    """The unit that the name says, else the one in which most values are less than a quarter of an
+    hour: seconds of small numbers.
+    """
+    for pattern, unit in WATCH_UNITS:
+        if pattern.search(name):
+            return unit
+    number = column.drop_null().cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return "s" if len(number) > 0 and np.nanmedian(number) < 1000 else "ms"

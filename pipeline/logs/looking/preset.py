@@ -107,7 +107,7 @@ def _source(logs: Sample, guess: Guess, users: SideGuess | None, items: SideGues
     if guess.request:
         lines.append(_dump({"request_columns": guess.request}, 2))
     if guess.outcomes:
-        lines.append(_dump({"outcome_columns": {name: {} for name in guess.outcomes}}, 2))
+        lines.append(_dump({"outcome_columns": guess.outcomes}, 2))
     for key, side in (("users", users), ("items", items)):
         if side is not None:
             table: dict[str, Any] = {"path": side.sample.path, "id_column": side.id_column}
@@ -176,6 +176,6 @@ def _model_and_training(logs: Sample, guess: Guess) -> str:
     train = {"epochs": 2, "batch_users": batch, "num_workers": 1}
     train["warmup_steps"] = min(100, steps // 20)  # a tenth of the run is the most there may be
     sections = {"model": model, "train": train, "serve": {"port": 0}}
-    if set(guess.actions) == {"happened"}:  # no row says that something did not happen
+    if guess.implicit:
         sections = {"examples": {"negatives": 4}, **sections}
     return _dump(sections)

@@ -209,9 +209,8 @@ def log_hints(totals: Statistics, rules: LogRules) -> list[str]:
             found.append(hint)
     for name in NAMED_IDS:
         bad = sum(totals.quarantined.get(reason, 0) for reason in reasons_of_hashes(name))
-        if bad > MANY_HASHES * totals.rows_in:
-            advice = as_text_advice(name, rules.columns[name])
-            found.append(f"if {name} is a hash of 64 bits, signed or not: {advice}")
+        if hint := hash_hint(name, bad, totals.rows_in, rules):
+            found.append(hint)
 
     for action in positives_only(totals, rules):
         found.append(
@@ -229,6 +228,14 @@ def positives_only(totals: Statistics, rules: LogRules) -> list[str]:
         if 0 < known == positive:
             found.append(action)
     return found
+
+
+def hash_hint(name: str, bad: int, rows: int, rules: LogRules) -> str | None:
+    """What to set where so many of the rows have an id below 0, or above what int64 holds."""
+    if bad <= MANY_HASHES * rows:
+        return None
+    advice = as_text_advice(name, rules.columns[name])
+    return f"if {name} is a hash of 64 bits, signed or not: {advice}"
 
 
 def reasons_of_hashes(name: str) -> tuple[str, str]:
