@@ -6,6 +6,7 @@ Prints every column with examples and what it is likely to be. Nothing is change
 
 import argparse
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def inspect_logs(options: argparse.Namespace) -> None:
     """Print what the logs are likely to be, and write the preset.
 
     Raises:
-        UserError: nothing can be read, no user, item or time is found, or the preset exists.
+        UserError: nothing can be read, no user, item or time is found, or the preset exists or
+            cannot be written.
     """
     if options.output and Path(options.output).exists():
         raise UserError(f"-o {options.output}: it is there already; name another file")
@@ -80,7 +86,10 @@ def inspect_logs(options: argparse.Namespace) -> None:
     if not options.output:
         print(f"\n{text}", end="")
         return
-    write_atomically(Path(options.output), text)
+    try:
+        write_atomically(Path(options.output), text)
+    except OSError as error:
+        raise UserError(f"-o {options.output} cannot be written: {error.strerror}") from error
     config.load(options.output)  # what was written can be read
     print(f"\nwrote {options.output}; next:")
     for job in NEXT_JOBS:

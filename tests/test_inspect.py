@@ -566,6 +566,9 @@ def test_what_cannot_be_looked_at_is_one_message(
     pq.write_table(pa.table({"user": pa.array([], pa.int64())}), tmp_path / "no_rows.parquet")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.csv").touch()
+    write_csv(tmp_path / "logs.csv", {"user": [1, 2], "item": [3, 4], "time": [START, START]})
+    no_folder = tmp_path / "logs.csv" / "preset.yaml"
+    (tmp_path / "torn.csv.gz").write_bytes(gzip.compress(b"user,item,time\n" * 999)[:-30])
     lists = {"user": [{"id": 7}], "item": {"name": [9]}, "time": 1583020800, "click": 1}
     (tmp_path / "lists.jsonl").write_text(f"{json.dumps(lists)}\n" * 3)
     for arguments, message in (
@@ -576,6 +579,8 @@ def test_what_cannot_be_looked_at_is_one_message(
         ([str(tmp_path / "nowhere")], "PATH: no Parquet, CSV or JSON lines at"),
         ([str(tmp_path / "notes.csv")], "looks like event_time or user_id or item_id"),
         ([str(tmp_path), "-o", str(tmp_path / "there.yaml")], "is there already"),
+        ([str(tmp_path / "logs.csv"), "-o", str(no_folder)], "preset.yaml cannot be written: "),
+        ([str(tmp_path / "torn.csv.gz")], "torn.csv.gz cannot be read: "),
     ):
         with pytest.raises(SystemExit) as stopped:
             inspect.main(arguments)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import FileFormat, Impressions, UserError
+from pipeline.logs.arrow_errors import reading_file
 from pipeline.logs.columns import is_number, is_text, plain_values
 from pipeline.logs.files import PLAIN, find_files, locate, total_bytes
 from pipeline.logs.flattening import flat_rows
@@ -65,8 +66,9 @@ def take_sample(path: str, key: str) -> Sample:
         others = f"; left out: {count_reasons(found.left_out)}" if found.left_out else ""
         raise UserError(f"{key}: no Parquet, CSV or JSON lines at {path!r}{others}")
 
-    if form == PLAIN and _is_csv(files[0]):
-        form = guess_format(files[0])
+    with reading_file(files[0]):
+        if form == PLAIN and _is_csv(files[0]):
+            form = guess_format(files[0])
 
     pieces, is_whole = _first_rows(files, form)
     rows = _joined(pieces)
