@@ -22,6 +22,7 @@ from pipeline.logs.looking.preset import write_preset
 from pipeline.logs.looking.sample import Sample, flat_sample, spread_sample, take_sample
 from pipeline.logs.looking.side import MOST_FEATURES, SideGuess, guess_side
 from pipeline.logs.times import show_time
+from pipeline.schema import LOG_REQUIRED
 
 EXAMPLES, WIDEST = 3, 44
 NEXT_JOBS = "build_sequences", "train", "evaluate", "promote", "serve"
@@ -154,11 +155,25 @@ def print_logs(logs: Sample, guess: Guess) -> None:
         theirs = guess.column_of(ours)
         if theirs in logs.rows.column_names:
             print(f"{len(logs.rows[theirs].unique()):,} different {theirs}")
+    for ours in LOG_REQUIRED:
+        if file := file_without(logs, guess.column_of(ours)):
+            print(f"{file} has no column {guess.column_of(ours)!r}, for which a build refuses it:")
+            print("name the files of the logs alone, by their folder or a pattern")
+            break
     if guess.implicit:
         print(
             "no row says what was shown and not chosen: other items are drawn beside each that was "
             "(examples.negatives)"
         )
+
+
+def file_without(logs: Sample, column: str) -> str | None:
+    """The first file looked at that lacks a column, or the object that holds it, which others
+    have.
+    """
+    outer = column.partition(".")[0]
+    lacking = [file for file, names in logs.columns.items() if not names & {column, outer}]
+    return lacking[0] if 0 < len(lacking) < len(logs.columns) else None
 
 
 def first_values(column: pa.Array) -> list[Any]:

@@ -403,6 +403,20 @@ def test_a_grocer_with_tills(here: None, tmp_path: Path) -> None:
     assert found == expected
 
 
+def test_a_table_among_the_logs_is_named(
+    here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = Draw()
+    plays = {"user_id": draw.user, "track_id": draw.item, "ts": draw.seconds}
+    pq.write_table(pa.table(plays), tmp_path / "plays.parquet")
+    inspect.main([str(tmp_path)])
+    assert "has no column" not in capsys.readouterr().out
+
+    pq.write_table(pa.table({"track_id": [1, 2], "title": ["a", "b"]}), tmp_path / "tracks.parquet")
+    inspect.main([str(tmp_path)])
+    assert f"{tmp_path}/tracks.parquet has no column 'user_id'" in capsys.readouterr().out
+
+
 def test_a_music_service_with_hashes_of_64_bits(
     here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -204,6 +204,11 @@ def test_nothing_left_is_an_empty_list_that_says_so(served: Served, ask):
         ({"filter": {"author": []}}, ["body", "filter", "author"], "a list of 1 to 1000 values"),
         ({"filter": {"author": {"min": 3}}}, ["body", "filter", "author"], "a range by at_least"),
         (
+            {"filter": {"author": {"at_least": "2026-01-05"}}},
+            ["body", "filter", "author"],
+            "of dates and times ms since 1970",
+        ),
+        (
             {"filter": {"author": {"at_least": 5, "below": 2}}},
             ["body", "filter", "author"],
             "a range that some integer lies in",

@@ -60,7 +60,7 @@ def _told_once(value: object, check: ValidatorFunctionWrapHandler) -> object:
     except ValidationError:
         rule = (
             "must be a value, a list of 1 to {most} values, or a range by at_least, above, at_most "
-            "and below"
+            "and below, which are numbers; of dates and times ms since 1970"
         )
         raise PydanticCustomError("filter", rule, {"most": MOST_VALUES}) from None
 

@@ -48,6 +48,7 @@ class Sample:
     format: FileFormat
     rows: pa.Table  # one exposure each, where the files have lists of them
     is_whole: bool  # `rows` are all there are
+    columns: dict[str, frozenset[str]]  # of each file looked at
     request_id: str | None = None  # of lists of exposures, the column that tells them apart
     as_text: frozenset[str] = frozenset()  # columns that are text in some files, numbers in others
 
@@ -70,7 +71,8 @@ def take_sample(path: str, key: str) -> Sample:
         if form == PLAIN and _is_csv(files[0]):
             form = guess_format(files[0])
 
-    pieces, is_whole = _first_rows(files, form)
+    found_rows, is_whole = _first_rows(files, form)
+    pieces = [piece for found in found_rows.values() for piece in found]
     rows = _joined(pieces)
     if rows.num_rows == 0:
         raise UserError(f"{key}: the files at {path!r} have no rows")
@@ -83,6 +85,7 @@ def take_sample(path: str, key: str) -> Sample:
         rows=rows,
         is_whole=is_whole,
         as_text=_numbers_beside_text(pieces),
+        columns={file: _names_of(found) for file, found in found_rows.items() if found},
     )
 
 
@@ -249,20 +252,26 @@ def _guess_separator(lines: list[str]) -> str | None:
     return None if best is None else best[1]
 
 
-def _first_rows(files: list[str], form: FileFormat) -> tuple[list[pa.Table], bool]:
+def _names_of(pieces: list[pa.Table]) -> frozenset[str]:
+    names = set[str]()
+    for piece in pieces:
+        names |= set(piece.column_names)
+    return frozenset(names)
+
+
+def _first_rows(files: list[str], form: FileFormat) -> tuple[dict[str, list[pa.Table]], bool]:
     """The first rows of some files, the first and the last among them, and True if they are all
     there are.
     """
     chosen = _spread_over(files, MOST_PLACES)
     most = SAMPLE_ROWS // len(chosen)
 
-    pieces: list[pa.Table] = []
+    found: dict[str, list[pa.Table]] = {}
     is_whole = len(chosen) == len(files)
     for file in chosen:
-        found, all_of_it = _some_rows(file, form, most)
-        pieces += found
+        found[file], all_of_it = _some_rows(file, form, most)
         is_whole &= all_of_it
-    return pieces, is_whole
+    return found, is_whole
 
 
 def _spread_over(values: Sequence[Value], most: int) -> list[Value]:
