@@ -560,6 +560,22 @@ def test_the_split_is_of_the_whole_span(
     assert 80 < (cfg.split.test_ms - START * 1000) / day_ms < 100
 
 
+def test_the_split_of_a_file_a_day_leaves_days_to_test(tmp_path: Path) -> None:
+    """Of eight files of ninety the last tenth would be the last day."""
+    (tmp_path / "logs").mkdir()
+    for day in range(90):
+        seconds = START + day * 86_400 + np.arange(40) * 2000
+        plays = {"user_id": np.arange(40) % 9, "track_id": np.arange(40), "ts": seconds}
+        pq.write_table(pa.table(plays), tmp_path / "logs" / f"{day:02}.parquet")
+
+    cfg = looked_at(tmp_path)
+    days = [
+        (moment - START * 1000) / 86_400_000 for moment in (cfg.split.val_ms, cfg.split.test_ms)
+    ]
+    assert 68 < days[0] < 76, "90 times .8"
+    assert 77 < days[1] < 85, "90 times .9"
+
+
 def test_a_single_user_is_trained_on_without_a_warm_up(tmp_path: Path) -> None:
     """Which may be no more than a tenth of so few steps."""
     draw = Draw()

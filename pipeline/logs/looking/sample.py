@@ -27,7 +27,8 @@ from pipeline.logs.rows import open_rows
 from pipeline.logs.text_files import CSV_ENDINGS, JSON_ENDINGS, PACKED_ENDINGS, text_kind
 
 SAMPLE_ROWS = 100_000
-MOST_PLACES = 8  # files, groups of a Parquet file, or places of a text file
+MOST_FILES = 32  # of a file a day fewer would not tell where the newest tenth begins
+MOST_PLACES = 8  # groups of a Parquet file, or places of a text file
 PLACE_BYTES = 2**20
 FIRST_BYTES = 2**16
 SEPARATORS = ("\t", "::", ",", ";", "|", "\x01")
@@ -263,7 +264,7 @@ def _first_rows(files: list[str], form: FileFormat) -> tuple[dict[str, list[pa.T
     """The first rows of some files, the first and the last among them, and True if they are all
     there are.
     """
-    chosen = _spread_over(files, MOST_PLACES)
+    chosen = _spread_over(files, MOST_FILES)
     most = SAMPLE_ROWS // len(chosen)
 
     found: dict[str, list[pa.Table]] = {}
