@@ -504,6 +504,25 @@ def test_an_app_with_objects_in_its_lines(here: None, tmp_path: Path) -> None:
     fit_features(cfg)
 
 
+def test_dates_and_times_of_day_within_objects(here: None, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    lines, expected = [], []
+    for row in range(40):
+        day, clock = f"2026-01-{1 + row // 4:02}", f"{8 + row % 4}:{row:02}"
+        when = {"day": day, "clock": clock}
+        line = {"user": {"id": 7}, "what": {"sku": f"s{row}"}, "when": when, "click": row % 2}
+        lines.append(json.dumps(line))
+        local = datetime.strptime(f"{day} {clock}", "%Y-%m-%d %H:%M")
+        expected.append(int(local.replace(tzinfo=UTC).timestamp()) * 1000)
+    (tmp_path / "logs" / "a.jsonl").write_text("\n".join(lines))
+
+    cfg = looked_at(tmp_path)
+    assert cfg.source.columns["item_id"] == "what.sku"
+    build.build_sequences(cfg)
+    (user,) = store.read_sequences(cfg.sequence_dir).to_pylist()
+    assert user["event_time"] == expected
+
+
 def test_a_player_with_gaps_and_types_that_change(here: None, tmp_path: Path) -> None:
     """Ids as floats, flags as booleans and as numbers, a name that says nothing of a user."""
     draw = Draw()

@@ -271,7 +271,9 @@ def _guess_ids(values: dict[str, pa.Array], guess: Guess, as_text: Collection[st
     for ours, pattern in (("user_id", USER), ("item_id", ITEM)):
         named = []
         for name in _left(values, guess):
-            if pattern.match(plain_name(name)) and may_be_id(values[name]):
+            field_name = name.rpartition(".")[2]  # of an object
+            called = pattern.match(plain_name(name)) or pattern.match(plain_name(field_name))
+            if called and may_be_id(values[name]):
                 named.append(name)
         exact = [name for name in named if re.search(r"id$|asin$", plain_name(name))]
         choice = (exact or named)[:1]
