@@ -49,7 +49,7 @@ def sample_ids(files: Sequence[str], rules: LogRules) -> IdSample:
 
     rows = 0
     pieces: dict[str, list[np.ndarray]] = {}
-    no_numbers = dict.fromkeys(NAMED_IDS, 0)
+    no_numbers: dict[str, int] = dict.fromkeys(NAMED_IDS, 0)
     examples: dict[str, list[OwnId]] = {}
     for name in NAMED_IDS:
         pieces[name], examples[name] = [np.empty(0, np.int64)], []
