@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray.data
 
 from pipeline.config import RayConfig
 from pipeline.sequences import workers
@@ -121,3 +122,11 @@ def test_a_full_disk_comes_back_from_a_task_as_the_error_that_it_is() -> None:
 
     with pytest.raises(FileNotFoundError):
         list(workers.run_share(batch, read_what_is_gone))
+
+
+def test_ray_advises_nobody_to_set_memory_in_a_call_of_ours() -> None:
+    context = ray.data.DataContext()
+    assert context.issue_detectors_config.detectors, "Ray has such advice"
+    workers.quieten_ray_data(context)
+    assert context.issue_detectors_config.detectors == []
+    assert not context.enable_progress_bars

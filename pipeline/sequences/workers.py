@@ -148,6 +148,16 @@ def share_out(sizes: Sequence[int], num_cpus: int) -> list[list[int]]:
     return shares
 
 
+def quieten_ray_data(context: ray.data.DataContext) -> None:
+    """Of Ray Data's lines those that a user can act on alone."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # it warns that its bars are off
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    context.enable_progress_bars = False
+    # that a task took more memory than it asked for: to be set in a call of ours
+    context.issue_detectors_config.detectors = []
+
+
 def _run_tasks(
     what: str,
     function: Callable[[Any], Any],
@@ -155,10 +165,7 @@ def _run_tasks(
     shares: Sequence[Sequence[int]],
     needs: Mapping[str, Any],
 ) -> list[Any]:
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # it warns that its bars are off
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quieten_ray_data(ray.data.DataContext.get_current())
 
     # one block, and so one task, per share
     rows = []
