@@ -232,6 +232,8 @@ def test_side_tables_are_joined_and_their_features_written(
         "plays": "quantile",
     }
     assert cfg.features.item["author_id"].most_values is not None
+    by_user = [rate.by for name, rate in cfg.features.dense.items() if name.startswith("user_")]
+    assert by_user == [("user", "genre"), ("user", "author_id")]
     assert cfg.source.users is not None
     assert cfg.source.users.id_column == "visitorid"
 
