@@ -11,7 +11,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,11 +65,11 @@ class Ranking:
 
         self.look_up = Lookups()
         self.explain = Explanations()
-        self.batcher = TokenBatcher(self._prepare_job, self._begin_jobs, self._batch_tokens)
+        self.batcher = TokenBatcher(self._prepare_job, self._answer_jobs, self._batch_tokens)
         # requests that take long wait for each other, and nobody else for them: neither for the
         # thread nor for a processor
         self.long_batcher = TokenBatcher(
-            self._prepare_job, self._begin_jobs, self._batch_tokens, niceness=10
+            self._prepare_job, self._answer_jobs, self._batch_tokens, niceness=10
         )
         # events that wait together share a transaction and its fsync
         self.appender = MicroBatcher(self._append_events)
@@ -151,14 +151,9 @@ class Ranking:
     def _prepare_job(self, received: ReceivedRequest) -> RankJob:
         return received.prepare()
 
-    def _begin_jobs(
-        self, jobs: list[RankJob]
-    ) -> list[RankedColumns | Refusal] | Callable[[], list[RankedColumns | Refusal]]:
-        """The answers, or on a GPU what waits for them: the next pass is begun meanwhile."""
+    def _answer_jobs(self, jobs: list[RankJob]) -> list[RankedColumns | Refusal]:
         # jobs of a pass have one rollout, whatever was swapped meanwhile
-        rollout = jobs[0].rollout
-        begun = rollout.begin_jobs(jobs)
-        return begun if rollout.champion.device.type == "cuda" else begun()
+        return jobs[0].rollout.answer_jobs(jobs)
 
     def _batch_tokens(self) -> int:
         return self._current.champion.limits.batch_tokens

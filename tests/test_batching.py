@@ -5,7 +5,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -143,43 +142,6 @@ def test_a_pass_that_fails_fails_its_own_requests_only() -> None:
     failed, answered = asyncio.run(main())
     assert isinstance(failed, ZeroDivisionError)
     assert answered == 0
-
-
-def test_of_passes_that_are_under_way_one_is_waited_for_while_the_next_begins() -> None:
-    """As on a GPU: what `work` returns waits for the results."""
-    happened: list[str] = []
-    arrived = {tokens: threading.Event() for tokens in (100, 5, 40)}
-
-    def work(jobs: list[Length]) -> Callable[[], list[int]]:
-        (job,) = jobs
-        happened.append(f"begin {job.tokens}")
-
-        def wait() -> list[int]:
-            assert arrived[job.tokens].wait(30)
-            happened.append(f"end {job.tokens}")
-            if job.tokens == 5:
-                raise ValueError("five")
-            return [job.tokens * 10]
-
-        return wait
-
-    async def main() -> list[int | BaseException]:
-        batcher = TokenBatcher(Length, work, lambda: 1000)
-        waiting = [asyncio.create_task(batcher(tokens)) for tokens in arrived]
-        while len(happened) < 2:
-            await asyncio.sleep(0.001)
-        await asyncio.sleep(0.05)
-        assert happened == ["begin 100", "begin 5"], "a third one would wait for two others"
-
-        arrived[100].set()
-        answers: list[int | BaseException] = [await waiting[0]]
-        arrived[5].set()
-        arrived[40].set()
-        return answers + await asyncio.gather(*waiting[1:], return_exceptions=True)
-
-    first, failed, last = asyncio.run(main())
-    assert (first, last) == (1000, 400) and isinstance(failed, ValueError)
-    assert [one for one in happened if one.startswith("end")] == ["end 100", "end 5", "end 40"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux' own")

@@ -211,14 +211,14 @@ def test_a_long_history_holds_up_nobody_else(
     short = RankColumns(RankHead(history=rows[:50], request_time_ms=now), items, {})
 
     go_on = threading.Event()
-    begin = ranker.begin_requests
+    score = ranker.score_requests
 
-    def begin_slowly(prepared):
+    def score_slowly(prepared):
         if any(one.history_length > 50 for one in prepared):
             assert go_on.wait(PATIENCE_S)
-        return begin(prepared)
+        return score(prepared)
 
-    monkeypatch.setattr(ranker, "begin_requests", begin_slowly)
+    monkeypatch.setattr(ranker, "score_requests", score_slowly)
 
     async def main() -> None:
         slow = [asyncio.create_task(ranking.rank(request)) for request in (posted, sent)]

@@ -162,7 +162,7 @@ def test_a_shadow_that_fails_or_lags_harms_nobody(world, monkeypatch: pytest.Mon
     counts, release = ReplicaMetrics(), threading.Event()
     shadowed = loaded(world, shadow=2, counts=counts)
     monkeypatch.setattr(
-        shadowed.rankers[SHADOW], "begin_requests", lambda requests: release.wait(60) and 1 / 0
+        shadowed.rankers[SHADOW], "score_requests", lambda requests: release.wait(60) and 1 / 0
     )
 
     answers = [shadowed.rank([asking(user)])[0] for user in range(8)]

@@ -307,16 +307,20 @@ def run_text(run: dict[str, Any]) -> str:
     """One server's load."""
     machine = run["environment"]
     rows = []
-    for name in ("warm", "cold"):
-        if name in run:
-            rows.append([name, *_cells(run[name].get("again"))])
+    for name, found in run.items():
+        if name.startswith(("warm", "cold")):
+            rows.append([name, *_cells(found.get("again"))])
 
+    protocol = run.get(  # of a run whose rates were tried in another way
+        "protocol",
+        f"Open loop at Poisson times; the highest rate at which 99 of 100 answers came within "
+        f"{MOST_MS:g} ms in {TRIAL_S:g} s and once more in {LAST_TRIAL_S:g} s, whose figures these "
+        "are (the last that was tried, where none did)",
+    )
     said = (
         f"`{run['command']}`, {machine['device']}, {run['cores']} cores, torch {machine['torch']}, "
         f"triton {machine['triton']}; {run['server']}; {run['model']}, {run['candidates']} "
-        f"candidates, {run['formats']}. Open loop at Poisson times; the highest rate at which 99 "
-        f"of 100 answers came within {MOST_MS:g} ms in {TRIAL_S:g} s and once more in "
-        f"{LAST_TRIAL_S:g} s, whose figures these are (the last that was tried, where none did). "
+        f"candidates, {run['formats']}. {protocol}. "
         "Between the first answer to a request and the second, from the kept history, scores "
         f"differ by {run['largest_difference']:.1e} at most."
     )

@@ -11,8 +11,6 @@ from typing import Any, Protocol, Self
 
 MAX_TOGETHER = 16  # requests of one call
 
-Waiting = Callable[[], Sequence[Any]]  # waits for the results of a pass
-
 
 class MicroBatcher:
     """Batches of what came while the batch before was computed.
@@ -90,19 +88,13 @@ class TokenBatcher:
     the batcher's thread, never two at a time. A request that comes during a pass is prepared before
     the next one and may be part of it. A job of more than `max_tokens` tokens is a pass of its own.
 
-    Where `work` returns a function, the pass is under way, on a GPU say: the function waits for its
-    results, in a second thread. Meanwhile the next pass is prepared and begun, and no third one.
-
-        batcher's thread    begin A | begin B |         | begin C |
-        second thread                 wait for A        | wait for B
-
     `niceness` above 0: other threads come first where processors are short, on Linux.
     """
 
     def __init__(
         self,
         prepare: Callable[[Any], BatchJob],
-        work: Callable[[list[Any]], Sequence[Any] | Waiting],
+        work: Callable[[list[Any]], Sequence[Any]],
         max_tokens: Callable[[], int],
         niceness: int = 0,
     ) -> None:
@@ -115,10 +107,6 @@ class TokenBatcher:
         self._thread = ThreadPoolExecutor(
             1, "rank", initializer=_come_behind_others, initargs=(niceness,)
         )
-        # of passes under way: one is waited for at a time
-        self._waiting_thread = ThreadPoolExecutor(1, "wait")
-        self._may_wait = asyncio.Semaphore(1)
-        self._waits: set[asyncio.Task] = set()  # held, or they might be collected
 
     async def __call__(self, item: Any) -> Any:
         answer = asyncio.get_running_loop().create_future()
@@ -131,51 +119,26 @@ class TokenBatcher:
         loop = asyncio.get_running_loop()
         while self._arrived or self._ready:
             arrived, self._arrived = self._arrived, []
-            done, under_way = await loop.run_in_executor(
-                self._thread, self._prepare_and_work, arrived
-            )
+            done = await loop.run_in_executor(self._thread, self._prepare_and_work, arrived)
             for answer, result in done:
                 _settle(answer, result)
 
-            if under_way is not None:
-                await self._may_wait.acquire()
-                wait = asyncio.create_task(self._wait_for(*under_way))
-                self._waits.add(wait)
-                wait.add_done_callback(self._waits.discard)
-
-    async def _wait_for(self, answers: list[asyncio.Future], wait: Waiting) -> None:
-        """Answer the requests of a pass that is under way."""
-        loop = asyncio.get_running_loop()
-        results: Sequence[Any]
-        try:
-            results = await loop.run_in_executor(self._waiting_thread, wait)
-        except Exception as error:
-            results = [error] * len(answers)
-        finally:
-            self._may_wait.release()
-        for answer, result in zip(answers, results, strict=True):
-            _settle(answer, result)
-
     def _prepare_and_work(
         self, arrived: list[tuple[Any, asyncio.Future]]
-    ) -> tuple[list[tuple[asyncio.Future, Any]], tuple[list[asyncio.Future], Waiting] | None]:
-        """Prepare what has arrived, then compute one pass; results of both, exceptions included,
-        or those of whom the results of the pass are, and what waits for them.
-        """
-        done: list[tuple[asyncio.Future, Any]] = [*self._prepare_arrived(arrived)]
+    ) -> list[tuple[asyncio.Future, Any]]:
+        """Prepare what has arrived, then compute one pass; results of both, exceptions included."""
+        done = self._prepare_arrived(arrived)
         jobs, answers = self._next_pass()
         if not jobs:
-            return done, None
+            return done
 
         try:
             results = self._work(jobs)
         except Exception as error:
             results = [error] * len(jobs)
 
-        if callable(results):
-            return done, (answers, results)
         done.extend(zip(answers, results, strict=True))
-        return done, None
+        return done
 
     def _prepare_arrived(
         self, arrived: list[tuple[Any, asyncio.Future]]

@@ -61,7 +61,6 @@ class FoundHistory:
 
     sequence: pa.RecordBatch | None  # None: nobody knows the user
     live_events: bool  # False: the user's posted events should be in it and are not
-    cut: "CutHistory | None" = None  # where whoever found it has cut it as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +325,6 @@ class Ranker:
 
     def cut_history(self, head: RankHead, found: FoundHistory) -> CutHistory:
         """The part of `found` that lies before the request's time."""
-        if found.cut is not None:
-            return found.cut
         sequence = found.sequence
         if sequence is None:
             sequence = sequence_row({}, self.store.columns)
@@ -381,14 +378,6 @@ class Ranker:
 
     def score_requests(self, prepared: Sequence[PreparedRequest]) -> list[RankedColumns]:
         """Answers to prepared requests, in passes of at most `limits.batch_tokens` tokens."""
-        return self.begin_requests(prepared)()
-
-    def begin_requests(
-        self, prepared: Sequence[PreparedRequest]
-    ) -> Callable[[], list[RankedColumns]]:
-        """Have `score_requests` begun; the function that is returned waits for the answers, in any
-        thread. On a CPU the scores are there already.
-        """
         targets = concatenate([one.targets for one in prepared])
         users = np.array([one.user_id for one in prepared], np.int64)
 
@@ -398,20 +387,16 @@ class Ranker:
             past = concatenate([one.past for one in prepared])
             scores = self._score_whole(past, targets, users)
 
-        def wait() -> list[RankedColumns]:
-            answers = []
-            found = np.concatenate([part.wait() for part in scores])
-            scores_of_each = np.split(found, targets.offsets[1:-1])
-            for one, mine in zip(prepared, scores_of_each, strict=True):
-                answers.append(self._answer(one, mine))
-            return answers
-
-        return wait
+        answers = []
+        scores_of_each = np.split(scores, targets.offsets[1:-1])
+        for one, mine in zip(prepared, scores_of_each, strict=True):
+            answers.append(self._answer(one, mine))
+        return answers
 
     def _score_cached(
         self, prepared: Sequence[PreparedRequest], targets: Events, users: np.ndarray
-    ) -> list["ScoresUnderWay"]:
-        """Probabilities, float32 [C, tasks], in parts.
+    ) -> np.ndarray:
+        """Probabilities, float32 [C, tasks].
 
         Histories that are not in the cache are encoded first, each once, then all candidates are
         scored.
@@ -494,9 +479,9 @@ class Ranker:
         users: np.ndarray,
         encoded: Sequence[Encoded],
         score: Callable[..., torch.Tensor],
-    ) -> list["ScoresUnderWay"]:
-        """Probabilities from the encoded history of each sequence, float32 [C, tasks], in parts.
-        `lengths` are those of the histories, whose columns are those of `like`.
+    ) -> np.ndarray:
+        """Probabilities from the encoded history of each sequence, float32 [C, tasks]. `lengths`
+        are those of the histories, whose columns are those of `like`.
         """
         scores = []
         for chosen in split_passes(lengths + targets.lengths, self.limits.batch_tokens):
@@ -507,16 +492,15 @@ class Ranker:
 
             with self.precision():
                 logits = score(self.model, caches, batch, self.limits.micro_batch)
-            scores.append(ScoresUnderWay(logits.sigmoid()))
-        return scores
+            scores.append(logits.sigmoid().cpu().numpy())
+        return np.concatenate(scores)
 
     def score_apart(self, past: Events, targets: Events, users: np.ndarray) -> np.ndarray:
         """The scores of `score_requests` for sequences that nobody will ask for again, float32
         [C, tasks]: nothing is kept or counted, so it may run beside other passes.
         """
         if not self.cfg.model.cacheable:
-            parts = self._score_whole(past, targets, users)
-            return np.concatenate([part.wait() for part in parts])
+            return self._score_whole(past, targets, users)
 
         scores = []
         for chosen in split_passes(past.lengths + targets.lengths, self.limits.batch_tokens):
@@ -524,15 +508,14 @@ class Ranker:
             every = {str(i).encode(): i for i in range(len(chosen))}
             encoded = dict(self._encode(history, users[chosen], every))
             in_order = [encoded[key] for key in every]
-            parts = self._score_encoded(
-                *(history, history.lengths, asked, users[chosen]), in_order, score_together
+            scores.append(
+                self._score_encoded(
+                    *(history, history.lengths, asked, users[chosen]), in_order, score_together
+                )
             )
-            scores += [part.wait() for part in parts]
         return np.concatenate(scores)
 
-    def _score_whole(
-        self, past: Events, targets: Events, users: np.ndarray
-    ) -> list["ScoresUnderWay"]:
+    def _score_whole(self, past: Events, targets: Events, users: np.ndarray) -> np.ndarray:
         """The same for a model whose encoded history depends on the request: nothing to keep."""
         scores = []
         for chosen in split_passes(past.lengths + targets.lengths, self.limits.batch_tokens):
@@ -545,8 +528,8 @@ class Ranker:
                     logits = self.graphed.score(batch)
                 else:
                     logits = self.model(batch.to(self.device))
-            scores.append(ScoresUnderWay(logits.sigmoid()))
-        return scores
+            scores.append(logits.sigmoid().cpu().numpy())
+        return np.concatenate(scores)
 
     def _one_history(self, past: Events, users: np.ndarray, i: int) -> tuple[Events, np.ndarray]:
         """One of the sequences, and its user's codes, [1, user columns]."""
@@ -695,24 +678,6 @@ class Ranker:
         return RankedColumns(
             head, request.item_id, by_task, best_first, item_text=request.item_text
         )
-
-
-class ScoresUnderWay:
-    """Scores, float32 [C, tasks], on their way from a GPU, or on the CPU already."""
-
-    def __init__(self, scores: torch.Tensor) -> None:
-        self._scores, self._arrival = scores, None
-        if scores.is_cuda:
-            self._scores = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
-            self._scores.copy_(scores, non_blocking=True)
-            self._arrival = torch.cuda.Event()
-            self._arrival.record()
-
-    def wait(self) -> np.ndarray:
-        """The scores, once they are there; others may use Python meanwhile."""
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return self._scores.numpy()
 
 
 def split_passes(num_tokens: np.ndarray, most: int) -> list[np.ndarray]:

@@ -128,10 +128,6 @@ class Rollout:
 
     def answer_jobs(self, jobs: Sequence["RankJob"]) -> list[RankedColumns | Refusal]:
         """Answers to jobs of this rollout; those of one version are scored together."""
-        return self.begin_jobs(jobs)()
-
-    def begin_jobs(self, jobs: Sequence["RankJob"]) -> Callable[[], list[RankedColumns | Refusal]]:
-        """Have `answer_jobs` begun, as `Ranker.begin_requests`."""
         answers: dict[int, Any] = {}
         places: dict[str, list[int]] = {CHAMPION: [], CANARY: []}
         for i, job in enumerate(jobs):
@@ -140,21 +136,15 @@ class Rollout:
             else:
                 answers[i] = job.work
 
-        begun = []
         for role, mine in places.items():
             if mine:
-                begun.append((mine, self._begin_timed(role, [jobs[i] for i in mine])))
+                scored = self._score_timed(role, [jobs[i] for i in mine])
+                answers.update(zip(mine, scored, strict=True))
 
-        def wait() -> list[RankedColumns | Refusal]:
-            for mine, scored in begun:
-                answers.update(zip(mine, scored(), strict=True))
-
-            in_order = [answers[i] for i in range(len(jobs))]
-            if SHADOW in self.rankers:
-                self._copy_to_shadow(jobs, in_order)
-            return [_finished(job, answer) for job, answer in zip(jobs, in_order, strict=True)]
-
-        return wait
+        in_order = [answers[i] for i in range(len(jobs))]
+        if SHADOW in self.rankers:
+            self._copy_to_shadow(jobs, in_order)
+        return [_finished(job, answer) for job, answer in zip(jobs, in_order, strict=True)]
 
     def append_events(self, requests: Sequence[EventsRequest]) -> list[EventsResponse | Refusal]:
         """Keep events of users; the champion knows which actions and columns there are."""
@@ -184,39 +174,22 @@ class Rollout:
                 with suppress(queue.Empty):
                     self._copies.get_nowait()
 
-    def _begin_timed(
-        self, role: str, jobs: Sequence["RankJob"]
-    ) -> Callable[[], list[RankedColumns]]:
-        """Begin to score jobs that were not refused; who waits for it counts what it took."""
-        ranker = self.rankers[role]
+    def _score_timed(self, role: str, jobs: Sequence["RankJob"]) -> list[RankedColumns]:
+        """Score jobs that were not refused, and count what it took."""
+        ranker, metrics = self.rankers[role], self.metrics
         prepared: list[PreparedRequest] = []
-        prepared_s = 0.0
+        took_s = 0.0
         for job in jobs:
             assert isinstance(job.work, PreparedRequest), "refusals are answered already"
             prepared.append(job.work)
-            prepared_s += job.prepared_s
+            took_s += job.prepared_s
 
         started = time.perf_counter()
-        ranked = ranker.begin_requests(prepared)
+        ranked = ranker.score_requests(prepared)
+        ended = time.perf_counter()
+        took_s += ended - started
 
-        def wait() -> list[RankedColumns]:
-            answers = ranked()
-            ended = time.perf_counter()
-            took_s = prepared_s + ended - started
-            self._count(role, answers, took_s)
-
-            digest = ranker.store.digest
-            return [
-                replace(one, ranker_ms=took_s * 1000, scored_s=ended, role=role, sequences=digest)
-                for one in answers
-            ]
-
-        return wait
-
-    def _count(self, role: str, ranked: Sequence[RankedColumns], took_s: float) -> None:
-        """Count the answers of one version's pass."""
-        metrics = self.metrics
-        labels = (str(self.rankers[role].version), role)
+        labels = (str(ranker.version), role)
         metrics.seconds.labels(*labels).observe(took_s)
         metrics.requests.labels(*labels).inc(len(ranked))
         candidates = metrics.candidates.labels(*labels)
@@ -226,6 +199,12 @@ class Rollout:
             unknown_items.inc(one.unknown_items)
             if not one.live_events:
                 metrics.without_live_events.labels(*labels).inc()
+
+        digest = ranker.store.digest
+        return [
+            replace(one, ranker_ms=took_s * 1000, scored_s=ended, role=role, sequences=digest)
+            for one in ranked
+        ]
 
     # The shadow --------------------------------------------------------------
 
@@ -268,7 +247,7 @@ class Rollout:
             return
 
         version = str(shadow.version)
-        for ours, theirs in zip(sent, self._begin_timed(SHADOW, jobs)(), strict=True):
+        for ours, theirs in zip(sent, self._score_timed(SHADOW, jobs), strict=True):
             same_best = ours.order[0] == theirs.order[0]
             self.metrics.shadow.change.labels(version).observe(_largest_change(ours, theirs))
             self.metrics.shadow.same_best.labels(version).inc(same_best)
@@ -327,15 +306,8 @@ class ReceivedRequest:
         return self.refusal is None and self.ranker.must_look_up(self.request.head)
 
     def look_up(self) -> FoundHistory:
-        """The request's history, from the event store too; runs beside the ranking thread.
-
-        For a GPU it is cut and hashed there as well, which would keep the GPU waiting else.
-        """
-        ranker, head = self.ranker, self.request.head
-        found = ranker.find_history(head)
-        if ranker.device.type != "cuda":
-            return found
-        return replace(found, cut=ranker.cut_history(head, found))
+        """The request's history, from the event store too; runs beside the ranking thread."""
+        return self.ranker.find_history(self.request.head)
 
     def give_up(self, asked: float) -> FoundHistory:
         """The published history, since the store has not answered `look_up`, begun at `asked`."""
