@@ -20,7 +20,6 @@ ENTRY: int = triton_tiles.ENTRY.value
 FARTHEST = 2**30  # of a window, full rows and a prefix: with a place it must not pass 2**31
 # What the kernels that build lists do at a time: one size for all batches, compiled once.
 COUNTED, WRITTEN = 1024, 64  # sequences, entries
-KEPT = 4096  # entries among which the asked ones are found: a long batch's at once
 LIST_STAGES = 3  # Triton's own number of stages
 
 
@@ -146,9 +145,9 @@ def _keep_asked(asked_before: Tensor, tiles: Tensor, header: Tensor) -> tuple[Te
         (tiles, header, asked_before, kept, kept_header),
         (),
         (),
-        (KEPT,),
+        (COUNTED,),
         device=tiles.device,
-        num_warps=KEPT // 128,
+        num_warps=COUNTED // 128,
         num_stages=LIST_STAGES,
     )
     return kept, kept_header
