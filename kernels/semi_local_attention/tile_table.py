@@ -41,7 +41,6 @@ def tile_sizes(
     biased: bool,
     max_seq_len: int,
     hopper: bool,
-    candidates: bool = False,
 ) -> AttentionTile:
     """The tile that was fastest on an H100 (benchmarks/NOTES.md).
 
@@ -54,7 +53,6 @@ def tile_sizes(
         half: two bytes a number.
         banded: the mask has a window.
         biased: a relative bias is added to the scores.
-        candidates: some rows are candidates, which see the whole history.
     """
     if not half:
         return AttentionTile(32, 32 if width <= 64 else 16, 4, 2)
@@ -68,7 +66,7 @@ def tile_sizes(
         return _wide_tile(kernel, banded)
     if width <= 64:
         return _narrow_tile(kernel, width)
-    return _common_tile(kernel, banded, max_seq_len, candidates)
+    return _common_tile(kernel, banded, max_seq_len)
 
 
 def _biased_tile(kernel: str) -> AttentionTile:
@@ -100,14 +98,12 @@ def _narrow_tile(kernel: str, width: int) -> AttentionTile:
     return AttentionTile(64, 64, 4, stages)
 
 
-def _common_tile(kernel: str, banded: bool, max_seq_len: int, candidates: bool) -> AttentionTile:
+def _common_tile(kernel: str, banded: bool, max_seq_len: int) -> AttentionTile:
     """Heads of 128."""
     if kernel == "backward_queries":
         return AttentionTile(64, 64, 4, 3, held=True)
     if kernel == "backward_keys":
         return AttentionTile(64, 64, 4, 2)
-    if banded and candidates and max_seq_len > LONG_SEQUENCE:  # most of the work is theirs
-        return AttentionTile(64, 64, 4, 3)
     if banded:  # 168 registers let three programs run on a multiprocessor
         return AttentionTile(64, 32, 4, 4, held=True, max_registers=168)
     if max_seq_len <= 1024:

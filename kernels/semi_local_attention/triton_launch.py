@@ -263,7 +263,6 @@ def _prepare(
         biased=problem.tables is not None,
         max_seq_len=plan.max_seq_len,
         hopper=problem.hopper,
-        candidates=plan.num_targets is not None,
     )
     # a program of the tables' gradients takes all heads
     program_heads = 1 if name == "backward_bias" else problem.heads
