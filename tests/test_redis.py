@@ -19,6 +19,7 @@ from pipeline.files import folder_digests
 from pipeline.tracking import PinnedModel
 from serve_app import deployment
 from serve_app.columns import RankColumns, RankedColumns
+from serve_app.history import redis_events
 from serve_app.history.live import LiveHistory
 from serve_app.history.published import PublishedSequences, histories
 from serve_app.history.sqlite_events import SqliteEvents
@@ -224,6 +225,18 @@ def test_a_server_that_comes_back_with_other_settings_acknowledges_nothing(
     server.start()
     assert log.append([event(1, 3)]) == ["accepted"]
     assert {one.item_id for one in log.of_user(1)} == {2, 3}
+
+
+def test_a_server_that_takes_connections_and_does_not_answer_is_given_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that pings within the ping of a new connection never comes back."""
+    monkeypatch.setattr(redis_events, "TIMEOUT_S", 0.05)
+    server.process.send_signal(signal.SIGSTOP)
+    log = redis_events.RedisEvents(server.url, "hung", may_be_down=True)
+    assert not log.is_checked
+    with pytest.raises(StoreDown, match="Timeout"):
+        log.append([event(1, 2)])
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,8 @@ class RedisEvents:
         return statuses
 
     def _note_connection(self, connection: AbstractConnection) -> None:
-        connection.on_connect()
+        # with a ping of its own, a server that hangs would be pinged within pings, without end
+        connection.on_connect_check_health(check_health=False)
         self._num_made += 1
 
     def _check_new_connections(self) -> None:
