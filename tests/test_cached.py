@@ -35,6 +35,7 @@ from pipeline.model.work import (
     head_flops,
     input_flops,
 )
+from serve_app.ranking.history_cache import CacheBudget, HistoryCaches
 from tests.support.graphs import capture_no_candidates
 from tests.worlds.mixture import ENGAGED, EVERY_ROW, make_mixture
 from tests.worlds.model import make_batch, make_config, make_model, tokens_at
@@ -292,6 +293,29 @@ def test_a_few_users_are_replayed_one_after_another(
     lengths = [ROWS_A_REPLAY, *[9] * MOST_REPLAYS]
     scores_of(lengths, [2] * len(lengths))
     assert replays() == 4 + len(lengths), "unless their histories are long"
+
+
+@torch.no_grad()
+def test_a_room_made_for_a_kept_history_takes_those_that_truncation_cuts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All layers of two rows are of one length; of 70 rows those behind the cut are shorter, in two
+    versions different ones.
+    """
+    monkeypatch.setattr(cuda_graph, "_capture", capture_no_candidates)
+    budget = CacheBudget(2**22, for_rooms=True)
+    for truncated in (1, 2):
+        cfg = make_config(**TRUNCATED | {"truncate_after_layer": truncated}, attention=FULL)
+        model, score, caches = make_model(cfg), GraphedScorer(), HistoryCaches(budget)
+        for length in (2, 70):
+            batch = make_batch([length], [9])
+            history, candidates = parts_of(batch)
+            caches.keep_entry(str(length).encode(), encode_history(model, history))
+            held = caches.hold_entry(str(length).encode())
+            assert held is not None
+            scores = score(model, [held], candidates, 64)
+            torch.testing.assert_close(scores, model(batch), rtol=1e-6, atol=1e-6)
+        assert len(score._rooms) == 1
 
 
 @pytest.mark.gpu

@@ -26,7 +26,8 @@ PAGE_WORDS = PAGE_BYTES // WORD.itemsize
 ALIGNED_BYTES = 64  # where each tensor begins within its history
 PART_PAGES = 128  # half a MiB, within a processor's own cache
 
-LayoutKey = tuple[tuple[torch.Size, torch.Size, torch.dtype], ...]  # of each layer
+# of each layer; last the first of those that it shares its offsets with
+LayoutKey = tuple[tuple[torch.Size, torch.Size, torch.dtype, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +68,18 @@ class PagedLayout:
 
     @classmethod
     def of(cls, entry: HistoryCache, aligned_bytes: int) -> "PagedLayout":
-        """Layers of one length share their offsets, which nothing else holds."""
+        """Layers that share their offsets go on sharing them, and nothing else holds these. Others
+        of one length do not: those of a history that truncation does not cut are of one length too,
+        and a room made like it takes longer ones.
+        """
         offsets: dict[int, Tensor] = {}
         layers = []
         for layer in entry.layers:
             keys = PagedTensor(layer.k_THD.shape, layer.k_THD.dtype)
             values = PagedTensor(layer.v_THV.shape, layer.v_THV.dtype)
-            if len(layer.k_THD) not in offsets:
-                offsets[len(layer.k_THD)] = layer.offsets.clone()
-            layers.append(PagedLayer(keys, values, offsets[len(layer.k_THD)]))
+            if id(layer.offsets) not in offsets:
+                offsets[id(layer.offsets)] = layer.offsets.clone()
+            layers.append(PagedLayer(keys, values, offsets[id(layer.offsets)]))
 
         begins, longest = [0], 0
         for layer in layers:
@@ -150,9 +154,7 @@ class HistoryPages:
         taken = self._free[self.num_free - needed : self.num_free][::-1].copy()
         self.num_free -= needed
 
-        key = tuple(
-            (layer.k_THD.shape, layer.v_THV.shape, layer.k_THD.dtype) for layer in entry.layers
-        )
+        key = _layout_key(entry)
         layout = self._layouts.get(key)
         if layout is None:
             layout = PagedLayout.of(entry, self._aligned_bytes)
@@ -261,6 +263,15 @@ class HistoryPages:
         if history.index is not None:
             return history.index[first:last]
         return torch.from_numpy(history.pages[first:last].astype(np.int64))
+
+
+def _layout_key(entry: HistoryCache) -> LayoutKey:
+    sharing: dict[int, int] = {}  # id of offsets -> the first layer that has them
+    key = []
+    for depth, layer in enumerate(entry.layers):
+        first = sharing.setdefault(id(layer.offsets), depth)
+        key.append((layer.k_THD.shape, layer.v_THV.shape, layer.k_THD.dtype, first))
+    return tuple(key)
 
 
 def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
