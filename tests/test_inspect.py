@@ -23,7 +23,7 @@ from pipeline.config import ColumnReading
 from pipeline.logs.columns import time_values
 from pipeline.logs.ids import id_code
 from pipeline.logs.looking import sample
-from pipeline.logs.looking.guess import time_option
+from pipeline.logs.looking.guess import guess_columns, time_option
 from pipeline.logs.times import read_times, show_time
 from pipeline.sequences import build, store
 from pipeline.sequences.dictionary import read_dictionary
@@ -451,6 +451,12 @@ def test_a_music_service_with_hashes_of_64_bits(
         ("05.01.2026", "9:05", {"format": "%d.%m.%Y %H:%M"}),
         (date(2026, 1, 5), time(9, 5), {}),
         (datetime(2026, 1, 5), "09:05:00.0", {}),
+        (20260105, time(9, 5), {"format": "%Y%m%d %H:%M:%S"}),
+        ("05.01.2026", time(9, 5), {"format": "%d.%m.%Y %H:%M"}),
+        ("05.01.2026", "9:05", {"format": "%d.%m.%Y %H:%M:%S"}),
+        # a date alone that was written as a time
+        ("2026-01-05T00:00:00", "9:05", {}),
+        ("1/5/2026 12:00:00 AM", "9:05", {"format": "%m/%d/%Y %H:%M"}),
     ],
 )
 def test_a_date_and_a_time_of_day_in_two_columns(
@@ -460,6 +466,40 @@ def test_a_date_and_a_time_of_day_in_two_columns(
     block = pa.table({"day": [date, date, None], "clock": [clock, None, clock]})
     found = read_times(time_values(block, reading), reading).to_pylist()
     assert found == [int(datetime(2026, 1, 5, 9, 5, tzinfo=UTC).timestamp()) * 1000, None, None]
+
+
+def test_seconds_that_a_format_does_not_have_are_not_lost_in_silence() -> None:
+    reading = ColumnReading(column="day", clock="clock", zone="UTC", format="%Y%m%d %H:%M")
+    block = pa.table({"day": [20260105], "clock": [time(9, 5, 30)]})
+    assert read_times(time_values(block, reading), reading).to_pylist() == [None]
+
+
+@pytest.mark.parametrize(
+    ("date", "values", "form"),
+    [
+        ("2026-01-05 00:00:00", {"time": "9:05"}, None),
+        ("05/01/2026 00:00", {"time": "9:05"}, "%d/%m/%Y %H:%M"),
+        ("05.01.2026", {"time": time(9, 5, 0, 250_000)}, "%d.%m.%Y %H:%M:%S.%f"),
+        ("05.01.2026", {"duration": "3:45", "clock": "9:05:00"}, "%d.%m.%Y %H:%M:%S"),
+    ],
+)
+def test_the_time_of_day_beside_a_date_is_found(
+    date: str, values: dict[str, object], form: str | None
+) -> None:
+    guess = guess_columns(
+        pa.table({"date": [date] * 20} | {k: [v] * 20 for k, v in values.items()})
+    )
+    option = {"column": "date", "clock": list(values)[-1], "zone": "UTC"}
+    assert guess.columns["event_time"] == option | ({} if form is None else {"format": form})
+    assert guess.times is not None
+    found = {show_time(moment) for moment in guess.times.to_pylist()}
+    assert found == {"2026-01-05T09:05:00+00:00"}
+
+
+@pytest.mark.parametrize("length", ["3:45", "70:12"])
+def test_a_song_s_length_is_no_time_of_day(length: str) -> None:
+    guess = guess_columns(pa.table({"date": ["2026-01-05"] * 20, "length": [length] * 20}))
+    assert guess.columns["event_time"] == {"column": "date", "zone": "UTC"}
 
 
 def test_days_as_numbers_are_times() -> None:

@@ -22,6 +22,8 @@ FAR_MS = 2**62  # in no range: what would not fit 64 bits
 NUMBER = r"^[+-]?\d+(\.\d*)?([eE][+-]?\d+)?$"
 OFFSET = r"(Z|z|:\d\d([.,]\d+)?[+-]\d\d(:?\d\d)?)$"  # -01 of a date is none
 UTC_WORD = r" ?(UTC|GMT)$"
+# of a date alone that was written as a time
+MIDNIGHT = r",?[ T](00?:00(:00(\.0+)?)?|12:00(:00)? ?[aA][mM])$"
 # numbers of this unit lie between these years, and no other unit's do
 PLAUSIBLE_YEARS = (1975, 2100)
 UNIT_WORDS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
@@ -60,16 +62,39 @@ def read_times(values: pa.Array, reading: ColumnReading) -> pa.Array:
 def join_clock(dates: pa.Array, clocks: pa.Array, form: str | None) -> pa.Array:
     """Dates and times of day from two columns as one text; null where either is unknown.
 
-    2026-01-05, 9:05      2026-01-05 09:05
-    20260105, 905         20260105 0905, by the format "%Y%m%d %H%M"
+    2026-01-05, 9:05               2026-01-05 09:05
+    2026-01-05 00:00:00, 9:05      2026-01-05 09:05
+    20260105, 905                  20260105 0905, by the format "%Y%m%d %H%M"
     """
     if pa.types.is_timestamp(dates.type):
         dates = dates.cast(pa.date32(), safe=False)
-    date, clock = _as_text(dates), _as_text(clocks)
+    date = pc.replace_substring_regex(_as_text(dates), MIDNIGHT, "")
+    return pc.binary_join_element_wise(date, _clock_text(clocks, form), pa.scalar(" ", date.type))
+
+
+def _clock_text(clocks: pa.Array, form: str | None) -> pa.Array:
+    """Times of day as text that `form` reads. Seconds that it has no place for stay.
+
+    %H:%M          9:05 is 09:05      09:05:00 of a time is 09:05, 09:05:30 cannot be read
+    %H:%M:%S       9:05 is 09:05:00
+    %H%M           905 is 0905
+    """
+    form = form or ""
+    if pa.types.is_time(clocks.type) and "%f" in form:
+        clocks = clocks.cast(pa.time64("us"), safe=False)  # of six digits
+
+    clock = _as_text(clocks)
     if pa.types.is_integer(clocks.type) or pa.types.is_floating(clocks.type):
-        clock = pc.utf8_lpad(clock, 6 if form is not None and "%S" in form else 4, "0")
+        return pc.utf8_lpad(clock, 6 if "%S" in form else 4, "0")
+    if pa.types.is_time(clocks.type) and form and "%f" not in form:
+        clock = pc.replace_substring_regex(clock, r"\.0+$", "")
+        if "%S" not in form:
+            clock = pc.replace_substring_regex(clock, r"^(\d\d:\d\d):00$", r"\1")
+
     clock = pc.replace_substring_regex(clock, r"^(\d):", r"0\1:")
-    return pc.binary_join_element_wise(date, clock, pa.scalar(" ", date.type))
+    if "%S" in form:
+        clock = pc.replace_substring_regex(clock, r"^(\d\d:\d\d)$", r"\1:00")
+    return clock
 
 
 def _as_text(values: pa.Array) -> pa.Array:

@@ -64,7 +64,9 @@ PANDAS_INDEX = re.compile(r"^__index_level_\d+__$")
 # those with AM and PM first, and the day before the month where both can be
 DATES = ("%d.%m.%Y", "%d/%m/%Y", "%d-%m-%Y", "%m/%d/%Y", "%m-%d-%Y", "%Y/%m/%d", "%Y.%m.%d")
 WORDY_DATES = ("%d %b %Y", "%d-%b-%Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y")
-CLOCK = r"^ ?\d{1,2}:\d\d(:\d\d(\.\d+)?)?$"  # a time of day in a column of its own
+CLOCK = r"^ ?([01]?\d|2[0-3]):[0-5]\d(:\d\d(\.\d+)?)?$"  # a time of day in a column of its own
+CLOCK_FORM = re.compile(r",?[ T]%[HI].*$")  # that of a time of day after a date
+LENGTH = re.compile(r"(duration|length|runtime|elapsed|dauer|laenge|duree)")
 CLOCKS = (" %H:%M:%S", " %H:%M:%S.%f", " %H:%M", "", ", %H:%M:%S", ", %H:%M", "T%H:%M:%S")
 MOST_ACTIONS, MOST_VALUES = 8, 50
 SHARE_OF_STARS = 0.8  # 4 of 5, 8 of 10
@@ -172,43 +174,61 @@ def _guess_time(values: dict[str, pa.Array], guess: Guess) -> None:
 
     *_, name, option = max(found, key=lambda one: one[:3])
     guess.times = read_times(values[name], ColumnReading(column=name, **option))
-    clock = _clock_beside(guess.times, values) if "zone" in option else None
-    if clock is not None:
-        option = {"clock": clock, **option}
-        if "format" in option:
-            option["format"] += _clock_form(values[clock])
-        guess.roles[clock] = "time of day"
-        reading = ColumnReading(column=name, **option)
-        joined = join_clock(values[name], values[clock], reading.format)
-        guess.times = read_times(joined, reading)
+    beside = _with_clock(name, option, guess.times, values)
+    if beside is not None:
+        option, guess.times = beside
+        guess.roles[option["clock"]] = "time of day"
 
     guess.columns["event_time"] = {"column": name, **option} if option else name
     guess.roles[name] = "time" + (f", {_words(option)}" if option else "")
 
 
-def _clock_beside(times: pa.Array, values: dict[str, pa.Array]) -> str | None:
-    """The column of the time of day, where all times are the beginnings of days."""
+def _with_clock(
+    name: str, option: dict[str, Any], times: pa.Array, values: dict[str, pa.Array]
+) -> tuple[dict[str, Any], pa.Array] | None:
+    """The option with the column of the time of day, and the times with it, where all of them are
+    the beginnings of days; None where no such column can be read beside them.
+    """
     known = times.drop_null().to_numpy()
-    if len(known) == 0 or (known % DAY_MS).any():
+    if "zone" not in option or len(known) == 0 or (known % DAY_MS).any():
         return None
-    for name, column in values.items():
-        column = column.drop_null()
-        if not len(column):
+
+    for clock in values:
+        if not _is_clock(clock, values[clock]):
             continue
-        if pa.types.is_time(column.type):
-            return name
-        if is_text(column.type):
-            found = pc.match_substring_regex(column.slice(0, 1000), CLOCK)
-            if pc.all(found).as_py():
-                return name
+        with_clock = {"clock": clock, **option}
+        if "format" in option:
+            date = CLOCK_FORM.sub("", option["format"])
+            if "%H" in date:  # without a blank before it
+                continue
+            with_clock["format"] = date + _clock_form(values[clock])
+
+        reading = ColumnReading(column=name, **with_clock)
+        joined = join_clock(values[name], values[clock], reading.format)
+        found = read_times(joined, reading)
+        if found.null_count - joined.null_count <= 0.01 * len(found):
+            return with_clock, found
     return None
+
+
+def _is_clock(name: str, column: pa.Array) -> bool:
+    """True for times of day, and no durations."""
+    column, plain = column.drop_null(), plain_name(name)
+    if len(column) == 0 or LENGTH.search(plain) or WATCH.search(plain):
+        return False
+    if not is_text(column.type):
+        return pa.types.is_time(column.type)
+    return pc.all(pc.match_substring_regex(column.slice(0, 1000), CLOCK)).as_py()
 
 
 def _clock_form(clocks: pa.Array) -> str:
     """The form of the times of day, after a blank."""
-    first = str(clocks.drop_null()[0])
-    fraction = ".%f" if "." in first else ""
-    return " %H:%M:%S" + fraction if first.count(":") == 2 else " %H:%M"
+    some = [str(clock) for clock in clocks.drop_null().slice(0, 1000).to_pylist()]
+    if not any(clock.count(":") == 2 for clock in some):
+        return " %H:%M"
+    # Python writes a time's fraction where it has one
+    has_fraction = any if pa.types.is_time(clocks.type) else all
+    return " %H:%M:%S" + (".%f" if has_fraction("." in clock for clock in some) else "")
 
 
 def _words(option: dict[str, Any]) -> str:
