@@ -36,7 +36,9 @@ def find_disk_fault(error: Exception, runs_dir: Path) -> UserError | Outage | No
 
     if isinstance(error, OSError) and error.errno in CLOSED and error.filename is not None:
         path = Path(os.fsdecode(error.filename)).absolute()
-        if path.is_relative_to(runs_dir.absolute()):
+        # a folder that somebody makes twice is no fault of the disk
+        is_made_twice = error.errno == errno.EEXIST and path.is_dir()
+        if path.is_relative_to(runs_dir.absolute()) and not is_made_twice:
             return UserError(f"runs_dir: {path} cannot be written: {error.strerror}")
     return None
 

@@ -68,7 +68,9 @@ def test_a_full_disk_is_known_through_what_wraps_it(number: int, tmp_path: Path)
 
 def test_other_errors_are_none_of_a_disk(tmp_path: Path) -> None:
     elsewhere = PermissionError(errno.EACCES, "Permission denied", "/etc/shadow")
-    for error in (ValueError("disk"), FileNotFoundError(errno.ENOENT, "gone", "x"), elsewhere):
+    gone = FileNotFoundError(errno.ENOENT, "gone", "x")
+    made_twice = FileExistsError(errno.EEXIST, "File exists", str(tmp_path))
+    for error in (ValueError("disk"), gone, elsewhere, made_twice):
         assert find_disk_fault(error, tmp_path) is None
     mine = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
     fault = find_disk_fault(mine, tmp_path)
