@@ -118,6 +118,9 @@ MISTAKES = [
     (f"seed=0x{'f' * 5000}", "seed", "an integer of 20000 bits"),
     (f"seed={'[' * 90}{']' * 90}", "seed", "[[[[[...]]]]]"),
     (f"name={'[' * 5000}", "--set name", "[[["),
+    # parts of a time that strptime does not have, or has twice
+    ("source.columns={event_time: {column: at, format: '%Q'}}", "event_time.format", "'%Q'"),
+    ("source.columns={event_time: {column: at, format: '%H %H'}}", "event_time.format", "'%H %H'"),
     # a key without a default
     ("source.users={id_column: uid}", "source.users.path", "['id_column']"),
     ("serve.canary={}", "serve.canary.version", "[]"),

@@ -8,6 +8,7 @@ import math
 import re
 import zoneinfo
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pipeline.config.errors import ConfigError, refuse_secrets, require
@@ -264,6 +265,9 @@ class ColumnReading:
         require(self.clock is None or not numbers, f"{key}.clock", self.clock, rule)
         if self.zone is not None:
             require(_is_zone(self.zone), f"{key}.zone", self.zone, "a zone such as Europe/Berlin")
+        if self.format is not None:
+            rule = 'a form of strptime such as "%d.%m.%Y %H:%M", each part once'
+            require(_is_time_form(self.format), f"{key}.format", self.format, rule)
 
 
 def _as_text(value: Any) -> str:
@@ -273,6 +277,16 @@ def _as_text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
+
+
+def _is_time_form(form: str) -> bool:
+    """True for a form that reads what it writes."""
+    moment = datetime(2026, 1, 5, 9, 5, tzinfo=UTC)
+    try:
+        datetime.strptime(moment.strftime(form), form)
+    except (ValueError, re.error):  # the latter of a part that stands there twice
+        return False
+    return True
 
 
 def _is_zone(zone: str) -> bool:
