@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -398,7 +399,7 @@ def print_environment() -> None:
     folder = private_folder()
     lines = {"RAY_FOLDER": str(folder), "RAY_USAGE_STATS_ENABLED": "0", **serve_environment(folder)}
     for name, value in lines.items():
-        print(f"export {name}={value}")
+        print(f"export {name}={shlex.quote(value)}")
 
 
 if __name__ == "__main__":

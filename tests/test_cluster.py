@@ -266,3 +266,19 @@ def test_no_two_processes_take_the_same_block_of_ports(
         for number in range(len(ours)):
             cluster.release_replica_ports(tmp_path / str(number))
         other.stdin.close()
+
+
+def test_a_shell_reads_the_printed_environment_as_it_is_meant(tmp_path: Path) -> None:
+    """By the guide's own line; a value of two words lost the second."""
+    command = f'eval "$({sys.executable} -m pipeline.cluster)" && env -0'
+    environment = {**os.environ, "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response"}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+
+    found = dict(line.partition("=")[::2] for line in done.stdout.split("\0"))
+    folder = Path(found["RAY_FOLDER"])
+    folder.rmdir()
+    assert found["RAY_SERVE_HAPROXY_RETRY_ON"] == "conn-failure empty-response"
+    assert found["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] == f"{folder}/haproxy/haproxy.cfg"
