@@ -7,6 +7,7 @@ people's clusters on the same machine, and only what was started here is stopped
 `python -m pipeline.cluster` prints that environment for a cluster which `ray start` starts.
 """
 
+import contextlib
 import fcntl
 import itertools
 import logging
@@ -28,6 +29,7 @@ from typing import IO, Any
 import ray
 
 from pipeline.config import Outage, RayConfig, UserError
+from pipeline.files import hidden_beside
 from pipeline.waiting import progress_lines
 
 logger = logging.getLogger(__name__)
@@ -270,12 +272,10 @@ def use_token(runs_dir: Path) -> None:
         return
 
     path = runs_dir.absolute() / ".ray-token"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-    except FileExistsError:
-        logger.debug("reusing %s", path)
+    if not path.exists():
+        with hidden_beside(path) as stage, contextlib.suppress(FileExistsError):
+            stage.write_text(secrets.token_hex(32))
+            os.link(stage, path)  # whole or not at all: another job may look at this moment
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
 
     # RAY_AUTH_MODE stays unset: Ray has read it already where it was imported before, and switches

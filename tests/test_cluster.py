@@ -115,6 +115,22 @@ def test_the_token_is_ours_private_and_kept(tmp_path: Path, monkeypatch: pytest.
     assert len(token) == 64
     use_token(tmp_path)
     assert path.read_text() == token
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nobody_finds_half_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    path = tmp_path / ".ray-token"
+
+    def look_meanwhile(_: int) -> str:
+        assert not path.exists(), "another job would read an empty token"
+        return "a" * 64
+
+    monkeypatch.setattr(cluster.secrets, "token_hex", look_meanwhile)
+    use_token(tmp_path)
+    assert path.read_text() == "a" * 64
 
 
 def test_authentication_chosen_by_the_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
