@@ -333,7 +333,7 @@ def test_a_version_that_does_not_load_leaves_the_old_one(served: Served) -> None
 def test_an_update_that_another_one_overtakes_is_not_waited_for(served: Served) -> None:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-    client = ServeSubmissionClient(served.dashboard_url)
+    client = ServeSubmissionClient(f"http://{served.dashboard_url}")
     before = deployment.find_wanted(client.get_serve_details())
     champion = Tracker(served.cfg).find_champion()
     deployment.deploy_model(served.cfg.folders, served.cfg.serve, served.dashboard_url, champion)
