@@ -12,6 +12,7 @@ from kernels.backend import Backend
 from kernels.frozen_tokens.triton_launch import FrozenSwish, SwishTile, launch_linear_swish
 from kernels.layer_norm.op import layer_norm, swish_layer_norm
 from kernels.linear import triton_launch as linear
+from kernels.linear.weights import frozen_form
 from kernels.position_time import triton_launch
 from kernels.position_time.op import add_position_time
 from kernels.position_time.types import Anchor
@@ -253,6 +254,34 @@ def test_interpreted_linear_map_with_its_gate(
     fast = launch_linear_swish(given[0], frozen, *norm, 1e-3, SwishTile(16, 32, 4, 1))
     truth, plain = run(torch.float64), run(torch.float32)
     assert_as_accurate([fast], [plain], [truth], num_terms=max(inputs, outputs))
+
+
+@pytest.mark.parametrize("outputs", [256, 24])
+def test_a_smaller_map_has_mean_and_variance_of_rows_of_nearly_dependent_weights(
+    outputs: int,
+) -> None:
+    """As if it were kept in more than half precision."""
+    torch.manual_seed(0)
+    weight = torch.randn(outputs, 8) @ torch.randn(8, 40) + 1e-3 * torch.randn(outputs, 40)
+    frozen = FrozenSwish.of(weight, torch.randn(outputs) + 3, torch.bfloat16)
+    x = torch.randn(100, 40, dtype=torch.bfloat16).double()
+    h = x @ frozen.weight.double().T + frozen.bias
+
+    high, low = frozen.factors.double().chunk(2)
+    made = x @ (high + low).T + frozen.shifts
+    variance = made[:, 1:].square().sum(1) / outputs
+    torch.testing.assert_close(made[:, 0], h.mean(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(variance, h.var(1, correction=0), rtol=1e-4, atol=0)
+
+
+def test_a_form_of_a_frozen_weight_is_made_anew_where_what_it_is_made_of_changed() -> None:
+    weight, bias = torch.zeros(3, 2), torch.zeros(3)
+    made = lambda: frozen_form(weight, "sum", lambda: (weight.sum() + bias.sum()).item(), (bias,))
+    assert made() == 0
+    for changed in (weight, bias):
+        before = made()
+        changed[0] = 1
+        assert made() > before
 
 
 PLACED_MODELS: dict[str, dict] = {
