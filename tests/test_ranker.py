@@ -458,6 +458,15 @@ def test_requests_that_come_alone_are_replayed(
     assert recorded == encoding.captured > 2
     assert encoding.replayed > replayed + 5  # others are appended to what is cached
 
+    # an entry stays in its pages for the length of a pass, whether that ends well or not
+    entries = graphed.caches.budget.entries
+    assert entries and all(entry.readers == 0 for entry in entries.values())
+    graphed.score_candidates, scorer = None, graphed.score_candidates  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        as_array(graphed, requests[:2])
+    graphed.score_candidates = scorer
+    assert all(entry.readers == 0 for entry in entries.values())
+
     # many together are launched, a few are replayed one after another
     batches = encoding.batches
     np.testing.assert_allclose(as_array(graphed, requests[-20:]), scores_of(world, -20), atol=1e-6)

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,19 @@ def loaded(world, canary=None, shadow=None, share=0.3, earlier=None, counts=None
         counts or ReplicaMetrics(),
         earlier,
     )
+
+
+def test_histories_that_graphs_read_are_not_kept_beside_others(world) -> None:
+    """An update that turns graphs on meets entries whose pages a graph's room cannot take."""
+    cfg, models = world
+    first = loaded(world)
+    wanted = deployment.user_config(cfg.folders, cfg.serve, models[0])
+    folder, limits = Path(wanted["serving"]), rollout.read_limits(wanted["limits"])
+    assert rollout._find_shared(limits, folder, first) is first.shared
+
+    graphed = rollout._find_shared(replace(limits, use_gpu=True, cuda_graphs=True), folder, first)
+    assert graphed.budget is not first.shared.budget
+    assert graphed.budget.pages.for_rooms and not first.shared.budget.pages.for_rooms
 
 
 def asking(user: int | None, **values: object) -> RankColumns:
