@@ -1,6 +1,7 @@
 """The benchmark of whole training jobs: what it tells a job, and how it reads its speed."""
 
 import argparse
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from benchmarks.training.train_job import (
+    BROKEN_AFTER,
     SIZES,
     TINY,
     JobCase,
@@ -21,13 +23,14 @@ from benchmarks.training.train_job import (
     descendants,
     grouped,
     job_config,
+    run_part,
     section,
     speeds_alone,
     steady_speed,
     zipf_quantiles,
 )
 from pipeline import config
-from pipeline.train.metrics import MetricsLine
+from pipeline.train.metrics import METRICS, MetricsLine
 
 
 def line(step: int, step_ms: float, waiting: float = 0.0) -> MetricsLine:
@@ -95,6 +98,21 @@ def test_descendants_are_children_and_their_children() -> None:
     parent.stdin.close()
     parent.wait(10)
     assert descendants(parent.pid) == []
+
+
+def test_a_job_that_ended_before_its_worker_was_killed_is_no_killed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its losses would say that a job goes on as if nothing had happened."""
+    monkeypatch.setattr("sys.executable", "true")  # in the job's place
+    options = argparse.Namespace(**TINY, minutes_a_job=1.0)
+    case = JobCase(2, is_killed=True)
+    cfg = job_config(case, tmp_path, options)
+    cfg.train_dir.mkdir(parents=True)
+    (cfg.train_dir / METRICS).write_text(json.dumps({"step": BROKEN_AFTER}) + "\n")
+    assert run_part(replace(case, is_killed=False), cfg, tmp_path, options) == 0
+    with pytest.raises(RuntimeError, match="one of them killed: exit code 0"):
+        run_part(case, cfg, tmp_path, options)
 
 
 def test_the_ratio_is_to_the_faster_run_of_one_worker() -> None:

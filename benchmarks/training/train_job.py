@@ -202,8 +202,8 @@ def run_part(
         try:
             if case.is_broken:
                 await_step(job, metrics, BROKEN_AFTER)
-            if case.is_killed:
-                kill_worker(job)
+            if case.is_killed and not kill_worker(job):
+                expected = ()
             elif case.ended_by_one:
                 expected = (ENDED,)
                 job.terminate()
@@ -281,11 +281,12 @@ def await_step(job: "subprocess.Popen[bytes]", metrics: Path, step: int) -> None
         time.sleep(LOOK_EVERY_S)
 
 
-def kill_worker(job: "subprocess.Popen[bytes]") -> None:
-    """Kill the last of the job's training workers."""
+def kill_worker(job: "subprocess.Popen[bytes]") -> bool:
+    """Kill the last of the job's training workers; False where it has none any more."""
     workers = [pid for pid in descendants(job.pid) if "RayTrainWorker" in command_line(pid)]
     if workers:
         os.kill(workers[-1], signal.SIGKILL)
+    return bool(workers)
 
 
 def descendants(ancestor: int) -> list[int]:
