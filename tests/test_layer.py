@@ -27,6 +27,7 @@ from kernels.semi_local_attention.op import cached_attention
 from kernels.stu import op
 from kernels.stu.op import stu_layer
 from kernels.stu.recompute import RECOMPUTABLE
+from kernels.stu.row_launch import _put_rows
 from kernels.stu.types import Sequences, STUShape, STUWeights
 from tests.support.accuracy import assert_as_accurate
 
@@ -329,3 +330,15 @@ def test_rows_made_again_are_added_in_the_same_order(builds, kind):
     found = {name: build["row_sums"] for name, build in builds.items() if kind in name}
     assert len(found) >= 3
     assert len({layout for layouts in found.values() for layout in layouts}) == 1, found
+
+
+@pytest.mark.parametrize("width", [8, 6])
+@pytest.mark.parametrize("begin", [0, 4, 1])
+def test_rows_are_put_to_their_places_whatever_their_width(width: int, begin: int) -> None:
+    """As words of 8 bytes where they lie on such, as the 16 bits that they are elsewhere."""
+    rows = torch.randn(3, 16, dtype=torch.bfloat16)[:, begin : begin + width]
+    out = torch.zeros(9, width, dtype=torch.bfloat16)
+    index = torch.tensor([7, 0, 4])
+    expected = out.index_copy(0, index, rows)
+    _put_rows(out, index, rows)
+    assert torch.equal(out, expected)
