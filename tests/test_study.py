@@ -537,6 +537,16 @@ def test_processes_take_the_visible_gpus_in_turn(monkeypatch: pytest.MonkeyPatch
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1", "the fourth process of GPUs 0 and 1"
 
 
+def test_more_gpus_than_are_visible_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study_points.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("sys.argv", ["study_points", "a.yaml:b.yaml", "--gpus", "3"])
+    with pytest.raises(SystemExit, match="2"):
+        study_points.main()
+    assert "--gpus 3: 2 visible here" in capsys.readouterr().err
+
+
 def front_point(encoder: str, length: int, gflop: float, auc: float, seeds: int) -> dict[str, Any]:
     place = {"encoder": encoder, "size": "d8", "length": length, "data_share": 1.0}
     return place | {"infer_gflop": gflop, "auc": auc, "seeds": seeds}

@@ -34,6 +34,8 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline import config
 from pipeline.batches.features import fit_features
 from pipeline.config import RunConfig, UserError
@@ -359,6 +361,8 @@ def main() -> None:
     parser.add_argument("--count-only", action="store_true", help="train nothing")
     parser.add_argument("--unpack", type=Path, metavar="POINTS", help="run nothing")
     options = parser.parse_args()
+    if options.gpus > max(1, torch.cuda.device_count()):
+        parser.error(f"--gpus {options.gpus}: {torch.cuda.device_count()} visible here")
     try:
         studies = open_studies(options.studies, options.overrides, options.seeds, options.only)
     except UserError as error:
