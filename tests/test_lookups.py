@@ -154,7 +154,7 @@ def test_a_quota_of_events_that_what_is_there_does_not_need(tiny, tmp_path: Path
 def test_a_store_that_hangs_holds_up_nobody_else(tiny, tmp_path: Path) -> None:
     loaded, published = tiny
     log = Noted(tmp_path / "events.sqlite")
-    limits = ServeConfig(lookup_timeout_s=0.2)
+    limits = ServeConfig(lookup_timeout_s=5)
     history = LiveHistory(published, log, loaded.cfg.sequences, 1000)
     ranker = Ranker(loaded, history, 1, "tiny", limits)
     rollout = Rollout({CHAMPION: ranker}, {CHAMPION: ""}, 0.0, ReplicaMetrics())

@@ -106,21 +106,13 @@ class LoaderProcess:
             self.process.join()
 
     def _read_header(self) -> Header:
-        try:
-            lengths = bytearray(LENGTHS.size)
-            self._fill(memoryview(lengths))
-            num_header, self._num_buffer = LENGTHS.unpack(lengths)
+        lengths = bytearray(LENGTHS.size)
+        self._fill(memoryview(lengths))
+        num_header, self._num_buffer = LENGTHS.unpack(lengths)
 
-            header = bytearray(num_header)
-            self._fill(memoryview(header))
-            return pickle.loads(header)
-        except EOFError:
-            self.process.join(ENDS_IN_S)
-            code = self.process.exitcode
-            raise RuntimeError(
-                f"the process that makes batches is gone, exit code {code}"
-                + (": killed, as one is that takes too much memory" if code == -9 else "")
-            ) from None
+        header = bytearray(num_header)
+        self._fill(memoryview(header))
+        return pickle.loads(header)
 
     def _read_batch(self, header: Header) -> Counted:
         buffer = torch.empty(self._num_buffer, dtype=torch.uint8, pin_memory=self.pin_memory)
@@ -136,15 +128,22 @@ class LoaderProcess:
         return batch, header.work
 
     def _fill(self, rest: memoryview) -> None:
-        """Read until `rest` is full. Raises EOFError where the other side has closed."""
+        """Read until `rest` is full. Raises RuntimeError where the other side has closed."""
         while len(rest):
             try:
                 count = self._ours.recv_into(rest)
             except ConnectionResetError:
                 count = 0
             if count == 0:
-                raise EOFError
+                raise self._death()
             rest = rest[count:]
+
+    def _death(self) -> RuntimeError:
+        """What ended the process, which may be in the middle of a batch."""
+        self.process.join(ENDS_IN_S)
+        code = self.process.exitcode
+        why = ": killed, as one is that takes too much memory" if code == -9 else ""
+        return RuntimeError(f"the process that makes batches is gone, exit code {code}{why}")
 
 
 def send_batches(to: socket.socket, make_batches: MakeBatches, epoch: int, step: int) -> None:
