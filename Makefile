@@ -14,11 +14,10 @@ INSTALL := pip install --quiet --no-compile --disable-pip-version-check -c const
 PYTEST := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ALONE := not gpu and not cluster and not nodes
 CLUSTER := cluster and not gpu and not nodes
-# Only what failed, and an error where a run ended before it could say what did. The halves of the
-# tests run side by side: each notes its own, and says which one a line is of.
+# Only what failed, and an error where a run ended before it could say what did. Each half of the
+# tests notes its own.
 AGAIN := --last-failed --last-failed-no-failures none
 NOTES := -o cache_dir=.pytest_cache/cluster
-NAME_LINES = $(if $(NAMED),| sed -u "s/^/$@: /")
 CONFIG ?= configs/demo.yaml
 PORT ?= 5000
 SERVE_PORT ?= 8000
@@ -41,14 +40,14 @@ loop: $(READY)  ## after the demo: what is served and clicked becomes the next c
 	$(BIN)/python -m jobs.pipeline --config $(CONFIG) --loop
 
 test: $(READY)  ## every test that needs no GPU, but for those that lose nodes; what fails is run once more
-	@$(MAKE) --no-print-directory --jobs=2 NAMED=1 test-cluster test-alone
+	@$(MAKE) --no-print-directory test-alone
+	@$(MAKE) --no-print-directory test-cluster
 
 test-alone: $(READY)  ## those of them that start neither Ray nor MLflow
-	{ nice $(PYTEST) -m "$(ALONE)" -n logical --dist loadfile || $(PYTEST) -m "$(ALONE)" $(AGAIN); } $(NAME_LINES)
+	$(PYTEST) -m "$(ALONE)" -n logical --dist loadfile || $(PYTEST) -m "$(ALONE)" $(AGAIN)
 
-# These wait for processes more than they compute, and have the processors first.
 test-cluster: $(READY)  ## those that start Ray, MLflow or both
-	{ $(PYTEST) -m "$(CLUSTER)" $(NOTES) || $(PYTEST) -m "$(CLUSTER)" $(NOTES) $(AGAIN); } $(NAME_LINES)
+	$(PYTEST) -m "$(CLUSTER)" $(NOTES) || $(PYTEST) -m "$(CLUSTER)" $(NOTES) $(AGAIN)
 
 test-nodes: $(READY)  ## a machine is lost in the middle of a build and of training: minutes, several Ray nodes
 	$(PYTEST) -m nodes
