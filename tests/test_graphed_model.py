@@ -1,13 +1,17 @@
 """Passes of a model that are replayed for batches of one size: the model's own results."""
 
 import gc
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from pipeline.batches.graphs import BatchGraphs
+from pipeline.batches.graphs import BatchGraphs, record_graph
 from pipeline.config import DenseFeature
 from pipeline.model.inference.cached_scoring import encode_history
 from pipeline.model.inference.cuda_graph import FEWEST_ROWS, bucket_size, bucket_sizes
@@ -111,3 +115,82 @@ def test_every_bucket_of_candidates_has_a_number_of_them() -> None:
         asked = {bucket_size(count, FEWEST_ROWS) for count in range(1, most + 1)}
         made = [bucket_size(count, FEWEST_ROWS) for count in bucket_sizes(most)]
         assert (set(made), len(made)) == (asked, len(asked))
+
+
+def test_nothing_is_collected_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    no_graph: Any = None
+    with record_graph(no_graph):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+    with pytest.raises(ValueError, match="inside"), record_graph(no_graph):
+        raise ValueError("inside")
+    assert gc.isenabled()
+
+    # who has turned collections off finds them off
+    gc.disable()
+    try:
+        with record_graph(no_graph):
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_threads_record_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch gives all recordings one stream, and each of two models has its own lock."""
+    inside, most = 0, 0
+
+    @contextmanager
+    def count(*_: object, **__: object) -> Iterator[None]:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        with suppress(threading.BrokenBarrierError):
+            together.wait()  # a moment, for the other to come in
+        yield
+        inside -= 1
+
+    together = threading.Barrier(2, timeout=0.3)
+    monkeypatch.setattr(torch.cuda, "graph", count)
+    no_graph: Any = None
+
+    def record() -> None:
+        with record_graph(no_graph):
+            pass
+
+    threads = [threading.Thread(target=record) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, inside) == (1, 0)
+    assert gc.isenabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_former_graph_that_is_garbage_does_not_spoil_a_recording() -> None:
+    counted = torch.zeros(1, device="cuda")
+    rounds = 3
+
+    def record() -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with record_graph(graph):
+            counted.add_(1)
+            held = [[number] for number in range(1000)]  # new objects bring a collection about
+            counted.add_(len(held) / 1000)
+        return graph
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        for _ in range(rounds):
+            cycle: list[object] = [record()]
+            cycle.append(cycle)
+            del cycle
+            record().replay()
+    finally:
+        gc.set_threshold(*thresholds)
+    assert counted.item() == 2 * rounds

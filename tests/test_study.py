@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 import yaml
 
 from benchmarks.quality import study_points
@@ -22,6 +23,7 @@ from benchmarks.quality.study_report import front_at, join_earlier, one_seed_wor
 from pipeline import config
 from pipeline.config import ConfigError, RunConfig, UserError
 from pipeline.evaluate.metrics import normalised_entropy
+from pipeline.search.trial import train_trial
 from pipeline.study import opening, running
 from pipeline.study.entropy import approximate_entropy, measure_quality
 from pipeline.study.figures import ladder_slopes, study_figures
@@ -610,3 +612,50 @@ def test_a_point_whose_process_had_an_error_of_cuda_goes_on_in_a_fresh_one(
         assert study_points._carry_out(*study_points._arguments(study, point)) == ""
         assert is_finished(point)
     assert len(calls) == 1, "the next point did not begin in the process that had the error"
+
+
+def test_an_error_that_is_not_of_cuda_is_the_points_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = study_base(tmp_path)
+    publish_sequences(base)
+    plan = read_plan(write_plan(tmp_path, data_share=None), base.tasks)
+    opening.open_study(base, plan)
+    study = study_points.OpenStudy(base, plan, plan_points(base, plan)[:2])
+    study_points.count_points([study], 1)
+    wrong, right = [study_points._arguments(study, point) for point in study.waiting]
+    trained = []
+
+    def train_second(cfg: RunConfig, *options: Any) -> None:
+        trained.append(cfg.name)
+        if len(trained) == 1:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 16x8)")
+        train_trial(cfg, *options)
+
+    monkeypatch.setattr("pipeline.study.point.train_trial", train_second)
+    monkeypatch.setattr(study_points, "_HAD_ERROR", threading.Event())
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        study_points._carry_out(*wrong)
+    assert not is_finished(study.waiting[0]), "no fresh process has tried it again"
+
+    assert study_points._carry_out(*right) == ""
+    assert len(trained) == 2, "this process takes the next point"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_cudas"),
+    [
+        (torch.AcceleratorError("operation failed due to a previous error during capture"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+            True,
+        ),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (RuntimeError("Offset increment outside graph capture encountered unexpectedly."), True),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (NotImplementedError("could not run 'aten::foo' with arguments from the CPU"), False),
+    ],
+)
+def test_errors_of_cuda_are_told_from_others(error: RuntimeError, is_cudas: bool) -> None:
+    assert study_points.is_cuda_error(error) == is_cudas

@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 FILES = (WORK, POINT, USERS)  # of a point, that travel
 _HAD_ERROR = threading.Event()  # in this process
+# PyTorch has types for some errors of CUDA alone; cuBLAS, Triton and a capture's generators say it
+# in words
+CUDA_WORDS = ("CUDA error", "Triton Error [CUDA]", "graph capture")
 FEATURES = "features.json"  # the last file of the maps that a study's points share
 
 
@@ -270,21 +273,30 @@ def _carry_out(
 ) -> str:
     """A point, in a process that takes one after another.
 
-    After an error of CUDA, such as a graph's capture that failed, nothing else goes well in the
-    process that had it: it hands this point, which goes on from its checkpoint, and all that come
-    after it to fresh ones.
+    After an error of CUDA, such as an illegal address, nothing else goes well in the process that
+    had it: it hands this point, which goes on from its checkpoint, and all that come after it to
+    fresh ones. Any other error is the point's own.
     """
     logging.basicConfig(level=logging.WARNING, format=f"{cfg.name} %(message)s", force=True)
     if not _HAD_ERROR.is_set():
         try:
             return run_point(cfg, settings, split, task, shared)
-        except RuntimeError as error:  # those of PyTorch and CUDA are
+        except RuntimeError as error:
+            if not is_cuda_error(error):
+                raise
             logger.warning("once more in a fresh process: %s: %s", type(error).__name__, error)
             _HAD_ERROR.set()
 
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as fresh:
         return fresh.submit(run_point, cfg, settings, split, task, shared).result()
+
+
+def is_cuda_error(error: RuntimeError) -> bool:
+    """True where the device or its memory is at fault rather than what was asked of it."""
+    if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in CUDA_WORDS)
 
 
 def _note(study: OpenStudy, point: Point, future: Future[str], out: Path, seconds: float) -> None:

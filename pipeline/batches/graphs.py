@@ -9,8 +9,11 @@ looks up. What a batch's own lengths decide, the lists of tiles for one, is made
 so inside the graph.
 """
 
+import gc
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +27,29 @@ Results = tuple[Tensor, ...]
 
 # batches without use, for each graph that is kept, after which one makes room for another
 IDLE_BATCHES = 8
+
+_ONE_RECORDING = threading.Lock()
+
+
+@contextmanager
+def record_graph(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """Record what is launched inside as `graph`, in the memory of `pool`; one at a time.
+
+    No garbage is collected meanwhile: graphs of an earlier model that lie in a cycle would be
+    destroyed in the middle, which CUDA does not permit to the thread that records. It spoils the
+    recording, and after that the process.
+    """
+    # thread-local: the loader's thread may pin memory meanwhile
+    captured = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+    with _ONE_RECORDING:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with captured:
+                yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +138,7 @@ class BatchGraphs:
         # new ones: a plan of attention is kept with the tensor that it was made of, and this one's
         # has to be made in the graph
         views = replace(batch, **own.views(), packed=own)
-        # thread-local: the loader's thread may pin memory meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with record_graph(graph, self.pool):
             results = self.work(views)
         self.pool = graph.pool()
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batches.collate import SequenceBatch
+from pipeline.batches.graphs import record_graph
 from pipeline.batches.packing import Packed, pack_tensors
 from pipeline.model.inference.cached_scoring import HistoryCache, layer_outputs, score_candidates
 from pipeline.model.inference.rooms import Room, StoredHistory, fill_room, make_room
@@ -224,6 +225,6 @@ def _capture(model: RankingModel, room: Room, packed: Packed, like: _Graph | Non
         graph = torch.cuda.CUDAGraph()
         # views of its own: the list of tiles is made anew, inside the graph
         pool = None if like is None else like.graph.pool()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with record_graph(graph, pool):
             logits = candidate_logits(model, room, own)
     return _Graph(graph, own, logits)
