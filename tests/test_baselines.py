@@ -244,6 +244,93 @@ def test_rows_ask_about_the_time_of_the_next_event() -> None:
     assert asked_times(tokens, torch.tensor(time)).tolist() == asked
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("encoder", ["hstu", "hstu_merged"])
+def test_hstu_by_its_definition(encoder: str, biased: bool) -> None:
+    """Logits and gradients of a pass, whose candidates see parts of the history, against a loop
+    over pairs of tokens: arXiv:2402.17152, eq. 1-3.
+    """
+    model = make_model(baseline_config({"encoder": encoder, "relative_bias": biased}))
+    visible = torch.tensor([1, 0, 4, 2], dtype=torch.int32)
+    batch = replace(make_batch([4, 2], [3, 1]), target_visible=visible)
+    first = plain_hstu(model, batch, 0, 4, [1, 0, 4], num_tokens=1 + (encoder == "hstu"))
+    second = plain_hstu(model, batch, 7, 2, [2], num_tokens=1 + (encoder == "hstu"))
+    expected = model.score_rows(torch.cat([first, second]), batch)
+    found = model(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    parameters = list(model.parameters())
+    gradients = [
+        torch.autograd.grad((logits * weight).sum(), parameters) for logits in (found, expected)
+    ]
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours.to_dense(), plain.to_dense(), rtol=1e-5, atol=1e-6)
+
+
+def plain_hstu(
+    model: RankingModel,
+    batch: SequenceBatch,
+    begin: int,
+    num_history: int,
+    visible: list[int],
+    num_tokens: int,
+) -> torch.Tensor:
+    """Candidates' rows of the sequence that begins at row `begin`, of 2 context tokens and
+    `num_tokens` an event.
+    """
+    encoder, silu = model.encoder, torch.nn.functional.silu
+    rows = range(begin, begin + num_history + len(visible))
+    item = encoder.add_position_and_time(encoder.item_rows(batch), batch)
+    action = encoder.action_rows(batch)
+    tokens = list(encoder.context(batch.user_codes)[int(begin > 0)])  # pyright: ignore[reportOptionalCall]
+    for row in rows:
+        is_candidate = row >= begin + num_history
+        if num_tokens == 1:
+            tokens.append(item[row] + action[row])
+        else:
+            tokens.append(item[row])
+            if not is_candidate:
+                tokens.append(encoder.add_position_and_time(action, batch)[row])
+
+    # positions seen, and the place from which distances count
+    length = 2 + num_tokens * num_history
+    seen = [[*range(row + 1)] for row in range(length)]
+    place = list(range(length))
+    for number, count in enumerate(visible):
+        seen.append([*range(2 + num_tokens * count), length + number])
+        place.append(2 + num_tokens * count)
+
+    x = torch.stack(tokens)
+    all_tokens = encoder(batch)
+    time_T = token_times(batch, 2, interleaved=num_tokens == 2)
+    asked_T = asked_times(all_tokens, time_T)
+    where = slice(0, len(x)) if begin == 0 else slice(len(time_T) - len(x), None)
+    time, asked = time_T[where].tolist(), asked_T[where].tolist()
+
+    assert isinstance(model.transducer, HSTU)
+    for depth, layer in enumerate(model.transducer.layers):
+        uvqk = silu(layer.uvqk(layer.norm_in(x)))  # pyright: ignore
+        u, q, k, v = uvqk.split(16, dim=1)
+        made = []
+        for i in range(len(x)):
+            heads = [torch.zeros(8).double(), torch.zeros(8).double()]
+            for j in seen[i]:
+                bias = torch.zeros(()).double()
+                if len(model.transducer.bias):
+                    tables = model.transducer.bias[depth]
+                    apart = abs(asked[i] // 1000 - time[j] // 1000)
+                    bucket = min(int(math.log(max(apart, 1)) / 0.301), 128)
+                    bias = tables["position"][min(max(place[i] - place[j], 0), 31)]  # pyright: ignore
+                    bias = bias + tables["time"][bucket]  # pyright: ignore
+                for head, part in enumerate((slice(0, 8), slice(8, 16))):
+                    score = q[i, part] @ k[j, part] / 8 + bias
+                    heads[head] = heads[head] + silu(score) / 16 * v[j, part]
+            made.append(torch.cat(heads))
+        x = x + layer.out(layer.norm_attn(torch.stack(made)) * u)  # pyright: ignore
+    return model.transducer.norm_out(x[length:])
+
+
 def test_a_retrieval_model_asks_about_each_row_s_own_time() -> None:
     cfg = baseline_config({"encoder": "hstu_merged", "relative_bias": True})
     batch = make_batch([4], [1])
