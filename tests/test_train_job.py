@@ -2,8 +2,7 @@
 
 import argparse
 import json
-import subprocess
-import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from benchmarks.training.train_job import (
     JobCase,
     Trained,
     compare,
-    descendants,
     grouped,
     job_config,
     run_part,
@@ -80,26 +78,6 @@ def test_a_worker_has_as_many_tokens_a_step_among_two_as_alone(tmp_path: Path) -
     assert one.train_dir != two.train_dir
 
 
-def test_descendants_are_children_and_their_children() -> None:
-    script = (
-        "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=sys.stdin)\n"
-        "print(child.pid, flush=True)\n"
-        "child.wait()\n"
-    )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdin is not None
-    assert parent.stdout is not None
-    grandchild = int(parent.stdout.readline())
-    assert grandchild in descendants(parent.pid)
-
-    parent.stdin.close()
-    parent.wait(10)
-    assert descendants(parent.pid) == []
-
-
 def test_a_job_that_ended_before_its_worker_was_killed_is_no_killed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,9 +88,10 @@ def test_a_job_that_ended_before_its_worker_was_killed_is_no_killed_one(
     cfg = job_config(case, tmp_path, options)
     cfg.train_dir.mkdir(parents=True)
     (cfg.train_dir / METRICS).write_text(json.dumps({"step": BROKEN_AFTER}) + "\n")
-    assert run_part(replace(case, is_killed=False), cfg, tmp_path, options) == 0
+    going_on = threading.Event()
+    assert run_part(replace(case, is_killed=False), cfg, tmp_path, options, going_on) == 0
     with pytest.raises(RuntimeError, match="one of them killed: exit code 0"):
-        run_part(case, cfg, tmp_path, options)
+        run_part(case, cfg, tmp_path, options, going_on)
 
 
 def test_the_ratio_is_to_the_faster_run_of_one_worker() -> None:

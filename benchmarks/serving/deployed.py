@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 
 from benchmarks.machine import environment
+from benchmarks.processes import end_process, exit_on_sigterm
 from benchmarks.report import RUNS, read_run, table, write_run, write_section
 from pipeline import config
 from pipeline.cluster import free_port, serve_environment
@@ -65,11 +66,16 @@ def run_job(name: str, *arguments: str, log: Path, settings: list[str]) -> float
         command += ["--set", setting]
     begin = time.monotonic()
     with log.open("w+") as output:
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
-        if done.returncode != 0:
+        job = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            code = job.wait()
+        finally:
+            end_process(job)
+
+        if code != 0:
             output.seek(0)
             told = output.read()[-6000:]
-            raise RuntimeError(f"jobs.{name}: exit code {done.returncode}\n{told}")
+            raise RuntimeError(f"jobs.{name}: exit code {code}\n{told}")
     return round(time.monotonic() - begin, 1)
 
 
@@ -92,8 +98,7 @@ def ray_head(folder: Path, log: Path) -> Iterator[str]:
             wait_until(lambda: answers(f"http://127.0.0.1:{dashboard}"), "Ray's head", START_S)
             yield f"127.0.0.1:{port}"
         finally:
-            head.terminate()
-            head.wait(60)
+            end_process(head)
 
 
 def use_token(folder: Path) -> None:
@@ -218,6 +223,7 @@ def main() -> None:
         write_section("deployed", section(read_run(RUN)))
         return
 
+    exit_on_sigterm()
     logging.basicConfig(level=logging.WARNING)
     run: dict[str, Any] = {
         "command": "python -m benchmarks.serving.deployed"

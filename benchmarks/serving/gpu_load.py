@@ -33,6 +33,7 @@ import httpx
 import numpy as np
 
 from benchmarks.machine import environment
+from benchmarks.processes import end_process, exit_on_sigterm
 from benchmarks.report import RUNS, read_run, table, write_run, write_section
 from benchmarks.serving.gpu_replica import SIZES
 from benchmarks.serving.stage import PRESET, untrained
@@ -275,7 +276,7 @@ def server_alone(settings: list[str]) -> Iterator[str]:
                 raise SystemExit("the server ended before it had an address")
             yield url
         finally:
-            server.terminate()
+            end_process(server)
 
 
 @contextmanager
@@ -376,6 +377,7 @@ def main() -> None:
         write_section("serve_gpu_load", section(read_runs()))
         return
 
+    exit_on_sigterm()
     logging.basicConfig(level=logging.WARNING)
     settings = [f"runs_dir={options.runs_dir}", *SERVER]
     settings += [*SIZES[options.device], *ON_DEVICE[options.device], *options.set]

@@ -29,9 +29,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
@@ -43,6 +45,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from benchmarks.machine import environment
+from benchmarks.processes import descendants, end_process, exit_on_sigterm
 from benchmarks.report import RUNS, table, write_run, write_section
 from benchmarks.training.collate import bench_config
 from benchmarks.training.feeding import publish
@@ -159,23 +162,23 @@ def with_epochs(cfg: RunConfig, steps: int) -> RunConfig:
 
 
 def run_job(
-    case: JobCase, folder: Path, options: argparse.Namespace
+    case: JobCase, folder: Path, options: argparse.Namespace, stopping: threading.Event
 ) -> tuple[dict[str, Any], Trained]:
     """A training: its speed once it is warm, and what it leaves behind. A job whose time is up is
     asked to end, and what it has trained counts.
 
     Raises:
         RuntimeError: the job ended with an error, or its time before it was warm; says the end of
-        its log.
+        its log. Or `stopping` was set.
     """
     cfg = with_epochs(job_config(case, folder, options), options.steps)
     begin = time.monotonic()
     if case.ended_by_one:
-        run_part(case, cfg, folder, options)
+        run_part(case, cfg, folder, options, stopping)
         cfg = replace(cfg, train=replace(cfg.train, num_workers=1))
-        code = run_part(replace(case, ended_by_one=False), cfg, folder, options)
+        code = run_part(replace(case, ended_by_one=False), cfg, folder, options, stopping)
     else:
-        code = run_part(case, cfg, folder, options)
+        code = run_part(case, cfg, folder, options, stopping)
 
     lines = read_lines(cfg.train_dir / METRICS)
     seconds = None if code is None else time.monotonic() - begin
@@ -185,7 +188,11 @@ def run_job(
 
 
 def run_part(
-    case: JobCase, cfg: RunConfig, folder: Path, options: argparse.Namespace
+    case: JobCase,
+    cfg: RunConfig,
+    folder: Path,
+    options: argparse.Namespace,
+    stopping: threading.Event,
 ) -> int | None:
     """A job from its start to its end: its exit code, None of one whose time was up.
 
@@ -201,17 +208,15 @@ def run_part(
         job = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             if case.is_broken:
-                await_step(job, metrics, BROKEN_AFTER)
+                await_step(job, metrics, BROKEN_AFTER, stopping)
             if case.is_killed and not kill_worker(job):
                 expected = ()
             elif case.ended_by_one:
                 expected = (ENDED,)
                 job.terminate()
-            code = job.wait(options.minutes_a_job * 60)
-        except subprocess.TimeoutExpired:
-            code = None
+            code = await_end(job, options.minutes_a_job * 60, stopping)
         finally:
-            end_job(job)
+            end_process(job)
 
         lines = read_lines(metrics)
         is_warm = bool(lines) and lines[-1].step > WARM_STEPS
@@ -219,16 +224,6 @@ def run_part(
             log.seek(0)
             raise RuntimeError(f"{case.name}: exit code {code}\n{log.read()[-6000:]}")
     return code
-
-
-def end_job(job: "subprocess.Popen[bytes]") -> None:
-    """End a job that still runs; it ends its cluster."""
-    if job.poll() is None:
-        job.terminate()
-        try:
-            job.wait(20)
-        except subprocess.TimeoutExpired:
-            job.kill()
 
 
 def read_lines(path: Path) -> list[MetricsLine]:
@@ -272,13 +267,43 @@ def steady_speed(lines: Sequence[MetricsLine], warm_steps: int = WARM_STEPS) -> 
     }
 
 
-def await_step(job: "subprocess.Popen[bytes]", metrics: Path, step: int) -> None:
-    """Wait until the job has logged `step`, or has ended."""
+def await_step(
+    job: "subprocess.Popen[bytes]", metrics: Path, step: int, stopping: threading.Event
+) -> None:
+    """Wait until the job has logged `step`, or has ended.
+
+    Raises:
+        RuntimeError: `stopping` was set before.
+    """
     while job.poll() is None:
         lines = read_lines(metrics)
         if lines and lines[-1].step >= step:
             break
-        time.sleep(LOOK_EVERY_S)
+        look_again(stopping)
+
+
+def await_end(
+    job: "subprocess.Popen[bytes]", seconds: float, stopping: threading.Event
+) -> int | None:
+    """Wait for the job's end: its exit code, None after so many seconds.
+
+    Raises:
+        RuntimeError: `stopping` was set before.
+    """
+    end = time.monotonic() + seconds
+    while job.poll() is None and time.monotonic() < end:
+        look_again(stopping)
+    return job.poll()
+
+
+def look_again(stopping: threading.Event) -> None:
+    """Return after `LOOK_EVERY_S`.
+
+    Raises:
+        RuntimeError: `stopping` was set before.
+    """
+    if stopping.wait(LOOK_EVERY_S):
+        raise RuntimeError("this benchmark was asked to end")
 
 
 def kill_worker(job: "subprocess.Popen[bytes]") -> bool:
@@ -287,24 +312,6 @@ def kill_worker(job: "subprocess.Popen[bytes]") -> bool:
     if workers:
         os.kill(workers[-1], signal.SIGKILL)
     return bool(workers)
-
-
-def descendants(ancestor: int) -> list[int]:
-    """Processes that this one started, and those that they started."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                facts = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has ended meanwhile
-                continue
-            parents[int(entry.name)] = int(facts[1])
-
-    found, fresh = set(), {ancestor}
-    while fresh:
-        found |= fresh
-        fresh = {pid for pid, parent in parents.items() if parent in fresh} - found
-    return sorted(found - {ancestor})
 
 
 def command_line(pid: int) -> str:
@@ -338,7 +345,13 @@ def measure(options: argparse.Namespace, run: Figures, keep: Callable[[], None])
     """All cases, each kept as soon as it has ended; False where one did not."""
     everything_ran = True
     plain: dict[int, Trained] = {}  # by the number of workers
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as beside:
+    stopping = threading.Event()
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ThreadPoolExecutor() as beside,
+        ExitStack() as at_the_end,
+    ):
+        at_the_end.callback(stopping.set)  # jobs that still run end before the pool does
         folder = Path(name)
         base = bench_config(name=STORE, runs_dir=name)
         lengths = zipf_quantiles(options.users, options.length)
@@ -349,7 +362,9 @@ def measure(options: argparse.Namespace, run: Figures, keep: Callable[[], None])
                 print(f"left out, no time: {[case.name for case in group]}", flush=True)
                 continue
 
-            jobs = {case: beside.submit(run_job, case, folder, options) for case in group}
+            jobs = {}
+            for case in group:
+                jobs[case] = beside.submit(run_job, case, folder, options, stopping)
             for case, job in jobs.items():
                 try:
                     found, trained = job.result()
@@ -538,6 +553,7 @@ def main() -> None:
         write_section("train_job", section(read_runs()))
         return
 
+    exit_on_sigterm()
     command = (
         f"python -m benchmarks.training.train_job --workers {' '.join(map(str, options.workers))}"
     )
