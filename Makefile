@@ -14,6 +14,8 @@ INSTALL := pip install --quiet --no-compile --disable-pip-version-check -c const
 PYTEST := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ALONE := not gpu and not cluster and not nodes
 CLUSTER := cluster and not gpu and not nodes
+# Only these files are read for that half.
+WITH_CLUSTER = $$(grep -l 'mark\.cluster' tests/test_*.py)
 # Only what failed, and an error where a run ended before it could say what did. Each half of the
 # tests notes its own.
 AGAIN := --last-failed --last-failed-no-failures none
@@ -47,7 +49,7 @@ test-alone: $(READY)  ## those of them that start neither Ray nor MLflow
 	$(PYTEST) -m "$(ALONE)" -n logical --dist loadfile || $(PYTEST) -m "$(ALONE)" $(AGAIN)
 
 test-cluster: $(READY)  ## those that start Ray, MLflow or both
-	$(PYTEST) -m "$(CLUSTER)" $(NOTES) || $(PYTEST) -m "$(CLUSTER)" $(NOTES) $(AGAIN)
+	$(PYTEST) -m "$(CLUSTER)" $(NOTES) $(WITH_CLUSTER) || $(PYTEST) -m "$(CLUSTER)" $(NOTES) $(AGAIN)
 
 test-nodes: $(READY)  ## a machine is lost in the middle of a build and of training: minutes, several Ray nodes
 	$(PYTEST) -m nodes

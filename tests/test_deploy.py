@@ -2,21 +2,24 @@
 there.
 """
 
+import argparse
 import json
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import jobs.deploy
+import jobs.promote
+import jobs.serve
+from jobs import cli
+from pipeline import config
 from pipeline.cluster import free_port
 from pipeline.config import Outage, UserError
 from pipeline.tracking import PinnedModel
 from serve_app import deployment
-from tests.support.patience import PATIENCE_S
 from tests.worlds.tiny import publish_sequences, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -39,11 +42,11 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
         deployment.serve_config(c.serve, wanted, 8123, {"working_dir": f"local://{ROOT}"})
         for c in (together, cfg)
     )
-    for config in (deployment.read_template(), merged, filled):
-        ServeDeploySchema.model_validate(config)
-        assert config.keys() <= ServeDeploySchema.model_fields.keys()
-        assert config["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
-        for application in config["applications"]:
+    for settings in (deployment.read_template(), merged, filled):
+        ServeDeploySchema.model_validate(settings)
+        assert settings.keys() <= ServeDeploySchema.model_fields.keys()
+        assert settings["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
+        for application in settings["applications"]:
             assert application.keys() <= ServeApplicationSchema.model_fields.keys()
             for entry in application["deployments"]:
                 assert entry.keys() <= DeploymentSchema.model_fields.keys()
@@ -60,9 +63,9 @@ def test_the_configuration_passes_rays_checks_and_has_no_unknown_keys(tmp_path: 
     json.dumps(filled)
 
 
-def run_job(name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"jobs.{name}", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+def as_asked(preset: Path, **options: object) -> cli.Job:
+    """What `--config preset` and options make of a command line."""
+    return cli.Job(config.load(preset, []), argparse.Namespace(**options))
 
 
 @pytest.mark.cluster
@@ -73,9 +76,10 @@ def test_no_champion(mlflow_runs: Path, tmp_path: Path) -> None:
     preset.write_text(
         f"name: {cfg.name}\nruns_dir: {mlflow_runs}\ntracking: {{model_name: nobody}}\n"
     )
-    done = run_job("serve", "--config", str(preset))
-    assert done.returncode == 2, done.stderr
-    assert "no champion: no version of nobody has the alias 'champion'" in done.stderr
+    with pytest.raises(
+        UserError, match="no champion: no version of nobody has the alias 'champion'"
+    ):
+        jobs.serve.run_job(as_asked(preset))
 
 
 def test_mlflow_down(tmp_path: Path) -> None:
@@ -83,9 +87,8 @@ def test_mlflow_down(tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     preset.write_text(f"runs_dir: {tmp_path}/runs\ntracking: {{uri: '{uri}'}}\n")
     # a version needs no run of this folder
-    done = run_job("promote", "--config", str(preset), "--version", "1")
-    assert done.returncode == 1, "worth another try"
-    assert f"no MLflow server answers at '{uri}'" in done.stderr
+    with pytest.raises(Outage, match=f"no MLflow server answers at '{uri}'"):
+        jobs.promote.run_job(as_asked(preset, version=1))
     assert not (tmp_path / "runs").exists()
 
 
@@ -93,9 +96,8 @@ def test_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     preset = tmp_path / "preset.yaml"
     preset.write_text(f"runs_dir: {tmp_path}/runs\n")
-    done = run_job("deploy", "--config", str(preset))
-    assert done.returncode == 2, done.stderr
-    assert "ray.address" in done.stderr
+    with pytest.raises(UserError, match=r"ray\.address: no cluster to deploy to"):
+        jobs.deploy.run_job(as_asked(preset, rayservice=None))
 
 
 def test_a_port_that_somebody_listens_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,17 +133,11 @@ def test_the_process_ends_with_the_block_and_its_death_is_told() -> None:
             next(batches)
 
     with LoaderProcess(endless_batches, 0, 0) as process:
-        batches = process.batches()
-        next(batches)
-        assert process.process.pid is not None
-        os.kill(process.process.pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="exit code -9: killed"):
-            list(batches)  # those on the way, and no more
-
-    with LoaderProcess(endless_batches, 0, 0) as process:
         header = process._read_header()
         process._num_buffer = 1 << 30  # more than can be on its way: it dies within the batch
         assert process.process.pid is not None
         os.kill(process.process.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="exit code -9: killed"):
             process._read_batch(header)
+        with pytest.raises(RuntimeError, match="exit code -9: killed"):
+            list(process.batches())  # nothing is on its way: it died between two
