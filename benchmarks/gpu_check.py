@@ -263,6 +263,43 @@ def check_kept_history(settings: dict[str, Any], precision: str = "bf16") -> str
     return None
 
 
+def check_kept_orders(settings: dict[str, Any], orders: int = 4) -> str | None:
+    """Kept histories of one bucket, some of which truncation cuts, in several orders: whichever
+    comes first, for which the room is made, each has the logits of the launched pass.
+    """
+    torch.use_deterministic_algorithms(False)
+    cfg = model_config(settings | {"dropout": 0.0, "truncate_to": 128}, 3, 2, 64)
+    torch.manual_seed(0)
+    maps = vocabulary(cfg)
+    model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).eval().requires_grad_(False)
+    model = model.to(DEVICE)
+    # with their context in a room of 256 rows a layer; of the first two all rows are kept
+    lengths = [100, 20, 250, 200, 160]
+    for order in range(orders):
+        if order:  # at first a short one before those that are cut
+            random.Random(order).shuffle(lengths)
+        scorer, caches = GraphedScorer(), HistoryCaches(CacheBudget.of_mb(64, for_rooms=True))
+        for length in lengths:
+            with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+                batch = random_batch(cfg, length, length, 64, seed=length)
+                history, candidates = parts_of(replace(batch, labels=None, label_weight=None))
+                encoded = encode_history(model, history.to(DEVICE))
+                caches.keep_entry(bytes([length]), encoded)
+                held = caches.hold_entry(bytes([length]))
+                if held is None:
+                    return f"the history of {length} rows was not kept"
+                found = scorer(model, [held], candidates, 64)
+                caches.release_entries([held])
+                launched = score_candidates(model, encoded, candidates.to(DEVICE), 64)
+
+            difference = (found - launched).abs().max().item()
+            if not difference <= 0.0:
+                return f"{length} rows, in the order {lengths}: {difference:.1e} from launched"
+        if len(scorer._rooms) != 1:
+            return f"{len(scorer._rooms)} rooms where the histories have one size"
+    return None
+
+
 def check_rows(settings: dict[str, Any]) -> str | None:
     """Logits and gradients where a layer makes only the rows that are read after it, and where it
     makes all.
@@ -500,6 +537,7 @@ def model_checks() -> list[Check]:
     graphs: list[Check] = [(check_graphs, TABLED), (check_graphs, SEMI_LOCAL, "fp32")]
     graphs.append((check_graphs, merged))
     graphs += [(check_kept_history, TABLED), (check_kept_history, SEMI_LOCAL, "fp32")]
+    graphs += [(check_kept_orders, SEMI_LOCAL)]
     graphs += [(check_graphed_model, TABLED), (check_graphed_model, SEMI_LOCAL, "fp32")]
     graphs += [(check_graphed_model, SEMI_LOCAL | {"fp8": True}), (check_graphed_model, merged)]
     steps: list[Check] = [(check_training,), (check_waiting,), (check_transfer,), (check_beside,)]

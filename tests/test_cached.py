@@ -4,6 +4,7 @@ the micro-batch.
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,7 @@ from pipeline.model.inference.cuda_graph import (
     bucket_size,
 )
 from pipeline.model.inference.rooms import fill_room, make_room
+from pipeline.model.ranker import RankingModel
 from pipeline.model.tokens import target_mask
 from pipeline.model.work import (
     action_flops,
@@ -308,14 +310,38 @@ def test_a_room_made_for_a_kept_history_takes_those_that_truncation_cuts(
         cfg = make_config(**TRUNCATED | {"truncate_after_layer": truncated}, attention=FULL)
         model, score, caches = make_model(cfg), GraphedScorer(), HistoryCaches(budget)
         for length in (2, 70):
-            batch = make_batch([length], [9])
-            history, candidates = parts_of(batch)
-            caches.keep_entry(str(length).encode(), encode_history(model, history))
-            held = caches.hold_entry(str(length).encode())
-            assert held is not None
-            scores = score(model, [held], candidates, 64)
-            torch.testing.assert_close(scores, model(batch), rtol=1e-6, atol=1e-6)
+            score_kept(model, score, caches, length)
         assert len(score._rooms) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", ["truncation", "mixture"])
+def test_a_room_takes_kept_histories_in_any_order(
+    name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two buckets; truncation cuts some of them and leaves others whole."""
+    monkeypatch.setattr(cuda_graph, "_capture", capture_no_candidates)
+    model, score = make_model(CONFIGS[name]), GraphedScorer()
+    caches = HistoryCaches(CacheBudget(2**24, for_rooms=True))
+    lengths = np.random.default_rng(seed).permutation([1, 3, 30, 70, 200, 240, 300])
+    for length in lengths.tolist():
+        score_kept(model, score, caches, length)
+
+
+def score_kept(
+    model: RankingModel, score: GraphedScorer, caches: HistoryCaches, length: int
+) -> None:
+    """Keep an encoded history, score candidates by it, and compare with the plain pass."""
+    batch = make_batch([length], [9], seed=length)
+    history, candidates = parts_of(batch)
+    key = str(length).encode()
+    caches.keep_entry(key, encode_history(model, history))
+    held = caches.hold_entry(key)
+    assert held is not None
+    scores = score(model, [held], candidates, 64)
+    caches.release_entries([held])
+    torch.testing.assert_close(scores, model(batch), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.gpu
