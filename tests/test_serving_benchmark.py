@@ -68,19 +68,19 @@ def test_the_highest_rate_is_found_by_doubling_and_then_half_way() -> None:
         tail_ms = 40.0 if rate <= 130 else np.inf
         return Trial(rate, 100, 0, 10.0, tail_ms, 1.0)
 
-    best = best_of(find_highest_rate(ask))
+    best = best_of(find_highest_rate(ask, 20.0))
     assert tried == [20, 40, 80, 160, 113, 135]
     assert best is not None and round(best.rate) == 113
 
 
 def test_a_rate_below_the_first_is_found_by_halving() -> None:
-    trials = find_highest_rate(lambda rate: Trial(rate, 9, 0, 9.0, 9.0 * rate, 1.0))
+    trials = find_highest_rate(lambda rate: Trial(rate, 9, 0, 9.0, 9.0 * rate, 1.0), 20.0)
     best = best_of(trials)
     assert [trial.rate for trial in trials[:3]] == [20, 10, 5]
     assert best is not None and best.rate == 5
 
 
-def test_a_rate_that_does_not_hold_for_longer_is_lowered() -> None:
+def test_a_rate_that_does_not_hold_again_is_lowered() -> None:
     again = confirm_rate(lambda rate: Trial(rate, 9, 0, 9.0, 0.5 * rate, 1.0), 119.0)
     assert again.holds and round(again.rate) == 99
     again = confirm_rate(lambda rate: Trial(rate, 9, 0, 9.0, 99.0, 1.0), 144.0)
@@ -88,7 +88,7 @@ def test_a_rate_that_does_not_hold_for_longer_is_lowered() -> None:
 
 
 def test_no_rate_holds() -> None:
-    trials = find_highest_rate(lambda rate: Trial(rate, 9, 9, np.inf, np.inf, 1.0))
+    trials = find_highest_rate(lambda rate: Trial(rate, 9, 9, np.inf, np.inf, 1.0), 20.0)
     assert best_of(trials) is None
     assert plain_trial(trials[0])["tail_ms"] is None
 
