@@ -20,6 +20,7 @@ import random
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -194,7 +195,8 @@ def check_graphs(settings: dict[str, Any], precision: str = "bf16") -> str | Non
 
 def check_graphed_model(settings: dict[str, Any], precision: str = "bf16") -> str | None:
     """Passes replayed from CUDA graphs give the logits of the same passes launched, to the last
-    bit, and the histories that a launched pass over the history alone encodes.
+    bit, and the histories that a launched pass over the history alone encodes; those that go from a
+    graph into pages are the same ones.
     """
     torch.use_deterministic_algorithms(False)
     cfg = model_config({**settings, "dropout": 0.0}, 3, 2, 64)
@@ -203,6 +205,7 @@ def check_graphed_model(settings: dict[str, Any], precision: str = "bf16") -> st
     model = RankingModel(cfg, maps.vocab_sizes, maps.base_rates).eval().requires_grad_(False)
     model = model.to(DEVICE)
     graphed = GraphedModel(model, cfg)
+    kept = HistoryCaches(CacheBudget.of_mb(64, for_rooms=True))
     half = torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16")
     near = 0.02 if precision == "bf16" else 1e-4
 
@@ -224,6 +227,14 @@ def check_graphed_model(settings: dict[str, Any], precision: str = "bf16") -> st
             difference = values_apart(*caches)
             if not difference <= near:
                 return f"values of history {seed} are {difference:.1e} from the launched ones"
+
+            key = bytes([seed])
+            held = graphed.encode_kept(history, partial(kept.keep_entry, key))
+            if isinstance(held, HistoryCache):
+                return f"history {seed} was not kept"
+            if not is_same_history(held.read(), caches[0]):
+                return f"history {seed} differs in its pages"
+            kept.release_entries([held])
     if (graphed._scoring.replayed, graphed._scoring.captured) != (3, 1):
         return f"{graphed._scoring.replayed} passes replayed, {graphed._scoring.captured} recorded"
     return None
@@ -333,6 +344,15 @@ def check_rows(settings: dict[str, Any]) -> str | None:
         if not error <= allowed:
             return f"{name}: {error:.1e} from what it is where all rows are made"
     return None
+
+
+def is_same_history(one: HistoryCache, other: HistoryCache) -> bool:
+    """Tell whether keys, values and offsets of all layers are equal, bit by bit."""
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        for name in ("k_THD", "v_THV", "offsets"):
+            if not torch.equal(getattr(mine, name), getattr(theirs, name)):
+                return False
+    return True
 
 
 def values_apart(one: HistoryCache, other: HistoryCache) -> float:

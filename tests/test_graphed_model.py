@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 
 from pipeline.batches.graphs import BatchGraphs, record_graph
 from pipeline.config import DenseFeature
-from pipeline.model.inference.cached_scoring import encode_history
+from pipeline.model.inference.cached_scoring import HistoryCache, encode_history
 from pipeline.model.inference.cuda_graph import FEWEST_ROWS, bucket_size, bucket_sizes
 from pipeline.model.inference.graphed_model import GraphedModel
+from serve_app.ranking.history_cache import CacheBudget, HeldHistory, HistoryCaches
 from tests.support.graphs import capture_none
 from tests.worlds.mixture import ENGAGED, EVERY_ROW, make_mixture
 from tests.worlds.model import make_batch, make_config, make_model
@@ -82,6 +84,54 @@ def test_replayed_histories_are_those_that_the_model_encodes(name: str) -> None:
     # layers share their offsets as those of a launched pass do: a plan serves all of them
     first, *_, last = cache.layers
     assert (first.offsets is last.offsets) == (cfg.model.truncate_after_layer is None)
+
+
+@pytest.mark.parametrize("name", ["plain", "truncation"])
+@torch.no_grad()
+def test_a_history_goes_from_a_graph_into_pages(name: str) -> None:
+    """Over what another has left in the graph's results, and in pages of any places."""
+    cfg = CONFIGS[name]
+    graphed = GraphedModel(make_model(cfg), cfg)
+    caches = HistoryCaches(CacheBudget(2**22, for_rooms=True))
+    lengths = [9, 40, 3, 41, 9, 300, 8, 280, 1]
+    held = []
+    for seed, length in enumerate(lengths):
+        batch = make_batch([length], [0], seed)
+        found = graphed.encode_kept(batch, partial(caches.keep_entry, bytes([seed])))
+        assert isinstance(found, HeldHistory)
+        held.append(found)
+        if seed == 3:  # the pages of these come to others
+            caches.release_entries(held[1:3])
+            for entry in held[1:3]:
+                caches.budget.pages.release(entry.entry)
+
+    assert graphed._encoding.replayed > 2
+    for seed, found in enumerate(held):
+        if seed not in (1, 2):
+            batch = make_batch([lengths[seed]], [0], seed)
+            assert_same(found.read(), graphed.encode_history(batch))
+
+
+@torch.no_grad()
+def test_a_history_that_is_not_kept_has_memory_of_its_own() -> None:
+    cfg = CONFIGS["truncation"]
+    graphed = GraphedModel(make_model(cfg), cfg)
+    caches = HistoryCaches(CacheBudget(2**12, for_rooms=True))  # a page, and a history has six
+    found = []
+    for seed in range(4):
+        batch = make_batch([20], [0], seed)
+        found.append(graphed.encode_kept(batch, partial(caches.keep_entry, bytes([seed]))))
+    for seed, cache in enumerate(found):
+        assert isinstance(cache, HistoryCache)
+        assert_same(cache, graphed.encode_history(make_batch([20], [0], seed)))
+    assert caches.num_entries == 0
+
+
+def assert_same(one: HistoryCache, other: HistoryCache) -> None:
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        assert torch.equal(mine.offsets, theirs.offsets)
+        assert torch.equal(mine.k_THD, theirs.k_THD)
+        assert torch.equal(mine.v_THV, theirs.v_THV)
 
 
 def test_a_graphed_model_goes_when_nobody_holds_it() -> None:

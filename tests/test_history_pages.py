@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.pages.op import copy_pieces
+from kernels.pages.op import copy_pieces, even_words, fill_pages, find_addresses
 from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
 from pipeline.model.inference.rooms import Room, fill_room, make_room
 from serve_app.ranking.history_cache import CacheBudget, HistoryCaches, resident_bytes
@@ -27,7 +27,7 @@ def random_history(lengths: list[int], dtype: torch.dtype = torch.float32) -> Hi
 
 
 def written(pages: HistoryPages, history: HistoryCache) -> PagedHistory:
-    kept = pages.take(history)
+    kept = pages.take(pages.lay_out(history))
     pages.write(kept, history)
     return kept
 
@@ -49,7 +49,7 @@ def test_what_comes_and_goes_is_read_as_it_was_written(for_rooms: bool) -> None:
         rows = int(rng.integers(1, 90))
         dtype = (torch.float32, torch.bfloat16)[rng.integers(2)]
         history = random_history([rows, rows, min(rows, 7)], dtype)
-        while pages.count_pages(history) > pages.num_free:
+        while pages.lay_out(history).num_pages > pages.num_free:
             _, oldest = held.pop(0)
             pages.release(oldest)
         held.append((history, written(pages, history)))
@@ -79,7 +79,7 @@ def test_a_history_of_several_parts_is_read_as_it_was_written() -> None:
     torch.manual_seed(1)
     history = random_history([3 * PART_PAGES * PAGE_BYTES // 60 + 1, 5, 5000])
     pages = HistoryPages(2**23)
-    assert pages.count_pages(history) > 5 * PART_PAGES
+    assert pages.lay_out(history).num_pages > 5 * PART_PAGES
     assert_equal(pages.read(written(pages, history)), history)
 
 
@@ -122,6 +122,43 @@ def test_the_kernel_copies_the_pages_that_the_reference_does(
         copied.append(target)
     assert torch.equal(*copied)
     assert int((copied[0] != 0).any(1).sum()) == sum(lengths)
+
+
+@pytest.mark.parametrize("words", [512, 6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_kernel_fills_the_pages_that_the_reference_does(words: int, dtype: torch.dtype) -> None:
+    """Of some sources most words count, of others some or none."""
+    torch.manual_seed(words)
+    sources = [torch.randn(num, 5, 4).to(dtype) for num in (78, 300, 8, 11)]
+    counts = [77, 130, 0, 1]  # rows of them
+    bytes_of = [num * 20 * dtype.itemsize for num in counts]
+    num_words = torch.tensor([even_words(num) for num in bytes_of])
+    num_pages = -(-num_words // words)
+    begins = torch.nn.functional.pad(num_pages.cumsum(0), (1, 0))
+    pages = torch.randperm(700)[: int(begins[-1])]
+    filled = []
+    for backend in ("triton", "reference"):
+        block = torch.full((700, words), -1)
+        fill_pages(
+            *(sources, find_addresses(sources), num_words, block, pages, begins),
+            longest=int(num_pages.max()),
+            backend=backend,
+        )
+        filled.append(block)
+    assert torch.equal(*filled)
+
+    for piece, source in enumerate(sources):
+        own = filled[0][pages[begins[piece] : begins[piece + 1]]].view(-1).view(torch.uint8)
+        rows = own[: bytes_of[piece]].view(dtype).view(-1, 5, 4)
+        assert torch.equal(rows, source[: counts[piece]])
+        assert (own[8 * int(num_words[piece]) :] == 255).all(), "what is behind them stays"
+
+
+def test_sources_without_an_address_of_whole_words_are_refused() -> None:
+    with pytest.raises(ValueError, match="16-byte aligned"):
+        find_addresses([torch.zeros(9, dtype=torch.int32)[1:]])
+    with pytest.raises(ValueError, match="contiguous"):
+        find_addresses([torch.zeros(4, 4)[:, :2]])
 
 
 def _counted_rows(room: Room) -> HistoryCache:

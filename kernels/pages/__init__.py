@@ -1,4 +1,4 @@
-"""Copies out of paged memory.
+"""Copies out of paged memory and into it.
 
 `op.py` is the face, `reference.py` the truth.
 """

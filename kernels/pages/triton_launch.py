@@ -1,4 +1,4 @@
-"""Launch of the copy out of pages."""
+"""Launches of the copies out of pages and into them."""
 
 from torch import Tensor
 
@@ -30,4 +30,29 @@ def copy_pieces_triton(
         device=block.device,
         num_warps=4,
         columns=len(places),
+    )
+
+
+def fill_pages_triton(
+    addresses: Tensor,
+    num_words: Tensor,
+    block: Tensor,
+    pages: Tensor,
+    begins: Tensor,
+    longest: int,
+) -> None:
+    """See `op.fill_pages`."""
+    if longest == 0:
+        return
+    words = block.shape[1]
+    launch(
+        triton_kernels.fill_pages,
+        cdiv(longest, PAGES),
+        (addresses, num_words, block, pages, begins),
+        (),
+        (words,),
+        (PAGES, next_power_of_2(words)),
+        device=block.device,
+        num_warps=4,
+        columns=len(num_words),
     )

@@ -95,10 +95,10 @@ class FeatureMaps:
 
     def request_codes(self, columns: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
         """int32 [N, request columns], `features.request` in order."""
-        codes = [_find_rows(values, columns[name]) for name, values in self.request_values.items()]
-        return (
-            np.stack(codes, axis=1).astype(np.int32) if codes else np.zeros((num_rows, 0), np.int32)
-        )
+        codes = np.empty((num_rows, len(self.request_values)), np.int32)
+        for place, (name, values) in enumerate(self.request_values.items()):
+            codes[:, place] = _find_rows(values, columns[name])
+        return codes
 
     def groups(
         self,

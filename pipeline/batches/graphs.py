@@ -52,7 +52,7 @@ def record_graph(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None
                 gc.enable()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class BatchGraph:
     """What was recorded of one batch: what it reads and what it leaves."""
 
@@ -62,11 +62,12 @@ class BatchGraph:
     results: Results
 
     def replay(self, batch: SequenceBatch) -> Results:
-        """Run it on another batch of its sizes, some item ids of which may have been left out. The
-        next replay writes over the results.
+        """Run it on another batch of its sizes, on the device or the CPU, some item ids of which
+        may have been left out. The next replay writes over the results.
         """
         assert batch.packed is not None
-        self.packed.buffer.copy_(batch.packed.buffer)
+        # from pinned memory, which PyTorch gives to nobody else before it was read
+        self.packed.buffer.copy_(batch.packed.buffer, non_blocking=True)
         if not batch.packed.holds(batch.tensors):
             self.batch.item_codes.copy_(batch.item_codes)
         self.graph.replay()
@@ -132,12 +133,14 @@ class BatchGraphs:
         return True
 
     def _capture(self, batch: SequenceBatch, packed: Packed) -> BatchGraph:
-        own = Packed(packed.columns, packed.buffer.clone())
+        device = packed.buffer.device if packed.buffer.is_cuda else torch.device("cuda")
+        own = Packed(packed.columns, packed.buffer.to(device, copy=True))
 
         graph = torch.cuda.CUDAGraph()
         # new ones: a plan of attention is kept with the tensor that it was made of, and this one's
         # has to be made in the graph
-        views = replace(batch, **own.views(), packed=own)
+        host = batch.host if batch.position.is_cuda else batch
+        views = replace(batch, **own.views(), packed=own, host=host)
         with record_graph(graph, self.pool):
             results = self.work(views)
         self.pool = graph.pool()

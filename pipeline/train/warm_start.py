@@ -297,7 +297,9 @@ def match_vocabularies(
             found[f"{side}.{name}"] = _match_codes(*pairs, size)
 
     for name, values in new.request_values.items():
-        codes = old.request_codes({name: values} | dict.fromkeys(old.request_values, values), 0)
+        codes = old.request_codes(
+            {name: values} | dict.fromkeys(old.request_values, values), len(values)
+        )
         place = list(old.request_values).index(name)
         found[f"request.{name}"] = np.concatenate([[0], codes[:, place]]).astype(np.int64)
     return found

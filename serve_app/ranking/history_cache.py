@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.batches.events import Events
 from pipeline.model.inference.cached_scoring import HistoryCache
-from pipeline.model.inference.rooms import PAGE_BYTES, Room
+from pipeline.model.inference.rooms import PAGE_BYTES, FilledHistory, Room
 from serve_app.ranking.history_pages import HistoryPages, PagedHistory
 
 BYTES_PER_MB = 2**20
@@ -213,12 +213,12 @@ class HistoryCaches:
     def keep_entry(
         self,
         key: bytes,
-        entry: HistoryCache,
+        entry: HistoryCache | FilledHistory,
         beginning: bytes = b"",
         num_rows: int = 0,
         only_of: int | None = None,
         rows: Events | None = None,
-    ) -> None:
+    ) -> HeldHistory | None:
         """Keep a copy of `entry` unless it alone is more than there is room for.
 
         With a `beginning` of its `num_rows` rows, `find_beginning` finds it until another comes.
@@ -227,16 +227,19 @@ class HistoryCaches:
             only_of: a user of whom the entry takes the former one's place: with every event of
                 theirs a long history would push as much of others' out.
             rows: of that user's history, by which `find_former` tells what the next one shares.
+
+        Returns:
+            Of a `FilledHistory` the entry, held as by `hold_entry`; None where it is not kept.
         """
         budget = self.budget
-        size = resident_bytes(budget.pages.count_pages(entry), len(entry.layers), rows)
-        if size > budget.max_bytes:
-            return
-
+        holds = isinstance(entry, FilledHistory)
         with budget.lock:
-            if self._is_closed or (self, key) in budget.entries or not budget.make_room(size):
-                return
-            kept = budget.pages.take(entry)
+            layout = budget.pages.lay_out(entry)
+            size = resident_bytes(layout.num_pages, len(layout.layers), rows)
+            is_known = self._is_closed or (self, key) in budget.entries
+            if is_known or size > budget.max_bytes or not budget.make_room(size):
+                return None
+            kept = budget.pages.take(layout)
             kept.rows = rows
             self._count_bytes(size)
         try:
@@ -251,14 +254,16 @@ class HistoryCaches:
             if self._is_closed or (self, key) in budget.entries:  # meanwhile
                 kept.is_evicted = True
                 self._give_back(kept)
-                return
+                return None
             budget.entries[self, key] = kept
+            kept.readers += holds
             self.num_entries += 1
             if only_of is not None:
                 self._replace_former(only_of, key)
             if num_rows:
                 self._newest[beginning] = key, num_rows
                 self._beginnings[key] = beginning
+        return HeldHistory(budget.pages, kept) if holds else None
 
     def forget_entry(self, key: bytes, entry: PagedHistory) -> None:
         """Forget an entry that has left the budget; the caller holds the lock."""

@@ -1,6 +1,7 @@
 """Encoded histories in pages of one block of memory.
 
     HistoryCache, 5 KB    → `write` → pages 7 and 2 of the block
+    FilledHistory         → `write` → the same, out of a graph's results
     pages 7 and 2         → `read`  → the HistoryCache again, in memory of its own
                           → `copy_to` → the room that a CUDA graph reads
     pages 7 and 2         → `release`, for the next history
@@ -16,17 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.pages.op import copy_pieces
+from kernels.pages.op import copy_pieces, even_words, fill_pages
 from pipeline.batches.events import Events
 from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache
-from pipeline.model.inference.rooms import PAGE_BYTES, Room
+from pipeline.model.inference.rooms import PAGE_BYTES, FilledHistory, Room
 
 WORD = torch.int64  # what is copied at a time: byte by byte it takes four times as long
 PAGE_WORDS = PAGE_BYTES // WORD.itemsize
 ALIGNED_BYTES = 64  # where each tensor begins within its history
 PART_PAGES = 128  # half a MiB, within a processor's own cache
 
-# of each layer; last the first of those that it shares its offsets with
+# shapes of each layer's keys and values, their type, and the first layer that it shares its offsets
+# with
 LayoutKey = tuple[tuple[torch.Size, torch.Size, torch.dtype, int], ...]
 
 
@@ -64,31 +66,41 @@ class PagedLayout:
     # int64: among a history's pages the first one of each tensor, and the number of all; where
     # several may begin in one page it is of no use
     begins: Tensor
+    num_words: Tensor  # int64, of each tensor
     longest: int  # pages of one tensor
+    num_pages: int  # of all
 
     @classmethod
-    def of(cls, entry: HistoryCache, aligned_bytes: int) -> "PagedLayout":
-        """Layers that share their offsets go on sharing them, and nothing else holds these. Others
-        of one length do not: those of a history that truncation does not cut are of one length too,
-        and a room made like it takes longer ones.
+    def of(cls, key: LayoutKey, device: torch.device, aligned_bytes: int) -> "PagedLayout":
+        """Layers that share their offsets go on sharing them. Others of one length do not: those of
+        a history that truncation does not cut are of one length too, and a room made like it takes
+        longer ones.
         """
-        offsets: dict[int, Tensor] = {}
-        layers = []
-        for layer in entry.layers:
-            keys = PagedTensor(layer.k_THD.shape, layer.k_THD.dtype)
-            values = PagedTensor(layer.v_THV.shape, layer.v_THV.dtype)
-            if id(layer.offsets) not in offsets:
-                offsets[id(layer.offsets)] = layer.offsets.clone()
-            layers.append(PagedLayer(keys, values, offsets[id(layer.offsets)]))
+        layers: list[PagedLayer] = []
+        lengths, begins, num_words = [], [0], []
+        num_bytes = longest = 0
+        for depth, (keys, values, dtype, first) in enumerate(key):
+            offsets = to_device(np.array([0, keys[0]]), device)
+            if first < depth:
+                offsets = layers[first].offsets
+            layer = PagedLayer(PagedTensor(keys, dtype), PagedTensor(values, dtype), offsets)
+            layers.append(layer)
+            lengths.append(keys[0])
 
-        begins, longest = [0], 0
-        for layer in layers:
             for tensor in (layer.keys, layer.values):
-                num_pages = _aligned(tensor.num_bytes, aligned_bytes) // PAGE_BYTES
-                begins.append(begins[-1] + num_pages)
-                longest = max(longest, num_pages)
-        device = entry.layers[0].k_THD.device
-        return cls(tuple(layers), entry.lengths, to_device(np.array(begins), device), longest)
+                whole = _aligned(tensor.num_bytes, aligned_bytes)
+                num_bytes += whole
+                begins.append(begins[-1] + whole // PAGE_BYTES)
+                num_words.append(even_words(tensor.num_bytes))
+                longest = max(longest, whole // PAGE_BYTES)
+        return cls(
+            layers=tuple(layers),
+            lengths=tuple(lengths),
+            begins=to_device(np.array(begins), device),
+            num_words=to_device(np.array(num_words), device),
+            longest=longest,
+            num_pages=-(-num_bytes // PAGE_BYTES),
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -135,42 +147,48 @@ class HistoryPages:
         self.num_free = self._num_pages
         self._layouts: WeakValueDictionary[LayoutKey, PagedLayout] = WeakValueDictionary()
 
-    def count_pages(self, entry: HistoryCache) -> int:
-        """Pages that `entry` takes."""
-        num_bytes = 0
-        for layer in entry.layers:
-            for tensor in (layer.k_THD, layer.v_THV):
-                num_bytes += _aligned(tensor.nbytes, self._aligned_bytes)
-        return -(-num_bytes // PAGE_BYTES)
+    def lay_out(self, entry: HistoryCache | FilledHistory) -> PagedLayout:
+        """How `entry` lies in its pages; the same object for all of its lengths that are kept."""
+        filled = isinstance(entry, FilledHistory)
+        key = _filled_key(entry) if filled else _layout_key(entry)
+        layout = self._layouts.get(key)
+        if layout is None:
+            device = entry.addresses.device if filled else entry.layers[0].k_THD.device
+            layout = PagedLayout.of(key, device, self._aligned_bytes)
+            self._layouts[key] = layout
+        return layout
 
-    def take(self, entry: HistoryCache) -> PagedHistory:
-        """Pages for `entry`, to be written; there must be enough that are free."""
-        needed = self.count_pages(entry)
+    def take(self, layout: PagedLayout) -> PagedHistory:
+        """Pages for a history, to be written; there must be enough that are free."""
+        needed = layout.num_pages
         assert needed <= self.num_free
         if self._block is None:
-            device = entry.layers[0].k_THD.device
+            device = layout.begins.device
             self._block = torch.empty(self._num_pages, PAGE_WORDS, dtype=WORD, device=device)
 
         taken = self._free[self.num_free - needed : self.num_free][::-1].copy()
         self.num_free -= needed
-
-        key = _layout_key(entry)
-        layout = self._layouts.get(key)
-        if layout is None:
-            layout = PagedLayout.of(entry, self._aligned_bytes)
-            self._layouts[key] = layout
         index = to_device(taken.astype(np.int64), self._block.device)
         return PagedHistory(layout, taken, index if index.is_cuda else None)
 
-    def write(self, history: PagedHistory, entry: HistoryCache) -> None:
+    def write(self, history: PagedHistory, entry: HistoryCache | FilledHistory) -> None:
         """Copy `entry` into the pages that were taken for it.
 
         All its numbers one after another, then page by page. On a CPU in parts, so that a long
-        history needs no memory of its size besides.
+        history needs no memory of its size besides. What a graph has left goes from there.
         """
         block = self._block
         assert block is not None
         if len(history.pages) == 0:
+            return
+        if isinstance(entry, FilledHistory):
+            assert self.for_rooms
+            layout = history.layout
+            fill_pages(
+                *(entry.tensors, entry.addresses, layout.num_words),
+                *(block, self._index(history, 0, len(history.pages)), layout.begins),
+                longest=layout.longest,
+            )
             return
 
         tensors: list[tuple[int, Tensor]] = []  # where each begins, and its bytes
@@ -271,6 +289,20 @@ def _layout_key(entry: HistoryCache) -> LayoutKey:
     for depth, layer in enumerate(entry.layers):
         first = sharing.setdefault(id(layer.offsets), depth)
         key.append((layer.k_THD.shape, layer.v_THV.shape, layer.k_THD.dtype, first))
+    return tuple(key)
+
+
+def _filled_key(entry: FilledHistory) -> LayoutKey:
+    """`_layout_key` of the rows that count."""
+    sharing: dict[int, int] = {}
+    key = []
+    tensors = zip(entry.tensors[0::2], entry.tensors[1::2], strict=True)
+    for depth, (keys, values) in enumerate(tensors):
+        num_rows = entry.lengths[depth]
+        first = sharing.setdefault(id(entry.offsets[depth]), depth)
+        of_keys = torch.Size((num_rows, *keys.shape[1:]))
+        of_values = torch.Size((num_rows, *values.shape[1:]))
+        key.append((of_keys, of_values, keys.dtype, first))
     return tuple(key)
 
 

@@ -6,9 +6,10 @@ candidates ───────────────────────
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,7 @@ from pipeline.model.inference.cuda_graph import (
 )
 from pipeline.model.inference.graphed_model import GraphedModel
 from pipeline.model.inference.quantize import as_served
+from pipeline.model.inference.rooms import FilledHistory
 from pipeline.version import package_version
 from serve_app.columns import RankColumns, RankedColumns
 from serve_app.history.live import LiveHistory
@@ -416,7 +418,7 @@ class Ranker:
                 some = list(missing.values())
                 past = concatenate([prepared[i].past for i in some])
                 keys = {key: place for place, key in enumerate(missing)}
-                encoded.update(self._encode_missing(past, users[some], keys))
+                encoded.update(self._encode_missing(past, users[some], keys, held))
 
             kept_of_each = [encoded[one.key] for one in prepared]
             lengths = np.array([one.history_length for one in prepared], np.int64)
@@ -437,29 +439,53 @@ class Ranker:
         return found
 
     def _encode_missing(
-        self, past: Events, users: np.ndarray, missing: dict[bytes, int]
-    ) -> dict[bytes, HistoryCache]:
-        """Encoded histories of `missing` (key -> which of `past`), which are kept from now on."""
+        self,
+        past: Events,
+        users: np.ndarray,
+        missing: dict[bytes, int],
+        held: list[HeldHistory],
+    ) -> dict[bytes, Encoded]:
+        """Encoded histories of `missing` (key -> which of `past`), which are kept from now on.
+        Those that graphs encode are read in their pages, noted in `held`.
+        """
         beginnings: dict[bytes, bytes] = {}
         if self.can_append:
             for key, i in missing.items():
                 beginnings[key] = beginning_key(*self._one_history(past, users, i))
-        encoded = self._append(past, users, missing, beginnings)
-        rest = {key: i for key, i in missing.items() if key not in encoded}
-        encoded.update(self._encode(past, users, rest))
 
+        def keep(key: bytes, entry: HistoryCache | FilledHistory) -> HeldHistory | None:
+            kept = self._keep(key, entry, past, users, missing[key], beginnings)
+            if kept is not None:
+                held.append(kept)
+            return kept
+
+        appended = self._append(past, users, missing, beginnings)
+        rest = {key: i for key, i in missing.items() if key not in appended}
+        encoded: dict[bytes, Encoded] = dict(appended)
+        encoded.update(self._encode(past, users, rest, keep))
         for key, cache in encoded.items():
-            i = missing[key]
-            if not self.can_append:
-                self.caches.keep_entry(key, cache)
-                continue
-            num_rows = int(past.lengths[i])
-            only_of = self.only_entry_of(int(users[i]), num_rows)
-            rows = None
-            if only_of is not None:
-                rows, _ = self._one_history(past, users, i)
-            self.caches.keep_entry(key, cache, beginnings[key], num_rows, only_of, rows)
+            if isinstance(cache, HistoryCache):
+                keep(key, cache)
         return encoded
+
+    def _keep(
+        self,
+        key: bytes,
+        entry: HistoryCache | FilledHistory,
+        past: Events,
+        users: np.ndarray,
+        i: int,
+        beginnings: Mapping[bytes, bytes],
+    ) -> HeldHistory | None:
+        """`keep_entry` of the encoded history of one of `past`."""
+        if not self.can_append:
+            return self.caches.keep_entry(key, entry)
+        num_rows = int(past.lengths[i])
+        only_of = self.only_entry_of(int(users[i]), num_rows)
+        rows = None
+        if only_of is not None:
+            rows, _ = self._one_history(past, users, i)
+        return self.caches.keep_entry(key, entry, beginnings[key], num_rows, only_of, rows)
 
     @property
     def can_append(self) -> bool:
@@ -506,7 +532,7 @@ class Ranker:
         for chosen in split_passes(past.lengths + targets.lengths, self.limits.batch_tokens):
             history, asked = _take_sequences(past, chosen), _take_sequences(targets, chosen)
             every = {str(i).encode(): i for i in range(len(chosen))}
-            encoded = dict(self._encode(history, users[chosen], every))
+            encoded = dict(self._encode(history, users[chosen], every, _keep_none))
             in_order = [encoded[key] for key in every]
             scores.append(
                 self._score_encoded(
@@ -615,40 +641,42 @@ class Ranker:
         return changed_rows(self.cfg.model, num_context, num_cached, num_rows, num_dropped)
 
     def _encode(
-        self, past: Events, users: np.ndarray, missing: dict[bytes, int]
-    ) -> Iterator[tuple[bytes, HistoryCache]]:
+        self,
+        past: Events,
+        users: np.ndarray,
+        missing: dict[bytes, int],
+        keep: Callable[[bytes, FilledHistory], HeldHistory | None],
+    ) -> Iterator[tuple[bytes, Encoded]]:
         """Encoded histories of `missing` (key -> which of `past`), those of like length in one
-        pass.
+        pass. Where there are graphs, they are replayed one after another if that takes less than
+        launching a pass over all of them; each of these is as `keep` keeps it, if it does.
         """
         lengths = past.lengths
         shortest_first = sorted(missing, key=lambda key: lengths[missing[key]])
         rows = np.array([missing[key] for key in shortest_first], np.int64)
 
         for chosen in split_passes(lengths[rows], self.limits.batch_tokens):
-            caches = self._encode_together(past, users, rows[chosen])
-            yield from zip([shortest_first[i] for i in chosen], caches, strict=True)
+            keys = [shortest_first[i] for i in chosen]
+            together = rows[chosen]
+            num_rows = int(lengths[together].sum())
+            if self.graphed is not None and replays_pay(len(together), num_rows):
+                for key, row in zip(keys, together, strict=True):
+                    batch = self._history_batch(past, users, np.array([row]))
+                    with self.precision():
+                        found = self.graphed.encode_kept(batch, partial(keep, key))
+                    yield key, found
+                continue
 
-    def _encode_together(
-        self, past: Events, users: np.ndarray, rows: np.ndarray
-    ) -> list[HistoryCache]:
-        """Encoded histories of some of `past`; where there are graphs, they are replayed one after
-        another if that takes less than launching a pass over all of them.
-        """
-        num_rows = int(past.lengths[rows].sum())
-        if self.graphed is not None and len(rows) > 1 and replays_pay(len(rows), num_rows):
-            caches: list[HistoryCache] = []
-            for row in rows:
-                caches += self._encode_together(past, users, np.array([row]))
-            return caches
+            batch = self._history_batch(past, users, together)
+            with self.precision():
+                caches = encode_history(self.model, batch.to(self.device)).split_histories()
+            yield from zip(keys, caches, strict=True)
 
+    def _history_batch(self, past: Events, users: np.ndarray, rows: np.ndarray) -> SequenceBatch:
+        """Some of the histories `past` without candidates."""
         history = _take_sequences(past, rows)
-        batch = collate(
-            history, _without_rows(past, len(rows)), users[rows], self.maps, self.inputs
-        )
-        with self.precision():
-            if self.graphed is not None and len(rows) == 1:
-                return [self.graphed.encode_history(batch)]
-            return encode_history(self.model, batch.to(self.device)).split_histories()
+        nothing = _without_rows(past, len(rows))
+        return collate(history, nothing, users[rows], self.maps, self.inputs)
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -707,6 +735,10 @@ def candidate_probabilities(model: torch.nn.Module, batch: SequenceBatch) -> np.
     device = next(model.parameters()).device
     with torch.no_grad():
         return model(batch.to(device)).sigmoid().cpu().numpy()
+
+
+def _keep_none(key: bytes, entry: FilledHistory) -> None:
+    """In the place of a cache that keeps histories."""
 
 
 def _take_sequences(events: Events, sequences: np.ndarray) -> Events:

@@ -13,26 +13,32 @@ from pipeline.model.inference.rooms import Room
 from pipeline.model.ranker import RankingModel
 
 
-@dataclass
+@dataclass(eq=False)
 class Again:
-    """In a graph's place: does the work itself, on the batch in its own buffer."""
+    """In a graph's place: does the work itself, on the batch in its own buffer, and leaves the
+    results in the same memory each time.
+    """
 
     packed: Packed
     batch: SequenceBatch
     work: Callable[[SequenceBatch], Results]
+    results: Results
 
     def replay(self, batch: SequenceBatch) -> Results:
         assert batch.packed is not None
         self.packed.buffer.copy_(batch.packed.buffer)
         self.batch.item_codes.copy_(batch.item_codes)
-        return self.work(replace(self.batch, host=batch))
+        found = self.work(replace(self.batch, host=batch))
+        for kept, new in zip(self.results, found, strict=True):
+            kept.copy_(new)
+        return self.results
 
 
 def capture_none(self: BatchGraphs, batch: SequenceBatch, packed: Packed) -> Again:
     """In place of `BatchGraphs._capture`."""
     own = Packed(packed.columns, packed.buffer.clone())
-    self.work(batch)  # as a warm-up, whose draws must not show
-    return Again(own, replace(batch, **own.views(), packed=own), self.work)
+    results = self.work(batch)  # as a warm-up, whose draws must not show
+    return Again(own, replace(batch, **own.views(), packed=own), self.work, results)
 
 
 @dataclass

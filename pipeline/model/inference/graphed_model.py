@@ -7,18 +7,25 @@ For candidates of an encoded history see `cuda_graph.py`.
 """
 
 import threading
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from kernels.pages.op import find_addresses
 from pipeline.batches.collate import Filling, SequenceBatch
 from pipeline.batches.filling import BatchFiller
-from pipeline.batches.graphs import BatchGraphs, Results
+from pipeline.batches.graphs import BatchGraph, BatchGraphs, Results
 from pipeline.config import ModelConfig, RunConfig
 from pipeline.model.encoders import ENCODERS
 from pipeline.model.inference.cached_scoring import HistoryCache, LayerCache, encode_history
+from pipeline.model.inference.rooms import FilledHistory
 from pipeline.model.ranker import RankingModel
+
+Kept = TypeVar("Kept")
 
 # Numbers of tokens from a power of two to the next: requests are of all lengths, and each size is
 # recorded while somebody waits and keeps its results' memory.
@@ -41,6 +48,8 @@ class GraphedModel:
         # not methods of its own: it would lie in memory, with the weights, until a collection
         self._encoding = BatchGraphs(partial(_encode, model), MOST_GRAPHS)
         self._scoring = BatchGraphs(partial(_score, model), MOST_GRAPHS)
+        # of graphs that encode: `FilledHistory.addresses` of their results
+        self._addresses: WeakKeyDictionary[BatchGraph, Tensor] = WeakKeyDictionary()
 
     @staticmethod
     def fits(cfg: ModelConfig) -> bool:
@@ -70,11 +79,55 @@ class GraphedModel:
             return encode_history(self.model, batch.to(self.device))
 
         own_rows = self._own_rows(batch)
-        filled = self.fill(batch)
+        filled = self._fill_on_host(batch)
         with self._lock:
-            graph = self._encoding.find(filled)
-            results = _encode(self.model, filled) if graph is None else graph.replay(filled)
+            results, _ = self._encode_filled(filled)
             return self._own_cache(results, own_rows, batch.num_sequences)
+
+    def encode_kept(
+        self, batch: SequenceBatch, keep: Callable[[FilledHistory], Kept | None]
+    ) -> Kept | HistoryCache:
+        """One history without candidates, from the CPU, as `keep` keeps it; in memory of its own
+        where that is None. `keep` begins its copy before it returns.
+        """
+        assert batch.num_sequences == 1
+        if batch.num_tokens == 0:
+            return encode_history(self.model, batch.to(self.device))
+
+        own_rows = self._own_rows(batch)
+        filled = self._fill_on_host(batch)
+        with self._lock:
+            results, graph = self._encode_filled(filled)
+            kept = keep(self._filled_history(results, own_rows, graph))
+            return self._own_cache(results, own_rows, 1) if kept is None else kept
+
+    def _encode_filled(self, filled: SequenceBatch) -> tuple[Results, BatchGraph | None]:
+        """Results of a filled batch on the CPU, and the graph that was replayed for them."""
+        graph = self._encoding.find(filled)
+        if graph is None:
+            return _encode(self.model, filled.to(self.device)), None
+        return graph.replay(filled), graph
+
+    def _filled_history(
+        self, results: Results, own_rows: tuple[int, int], graph: BatchGraph | None
+    ) -> FilledHistory:
+        tensors: list[Tensor] = []
+        for keys, values in zip(results[0::3], results[1::3], strict=True):
+            tensors += [keys, values]
+
+        addresses = None if graph is None else self._addresses.get(graph)
+        if addresses is None:
+            addresses = find_addresses(tensors).to(self.device)
+            if graph is not None:
+                self._addresses[graph] = addresses
+        num_layers = len(tensors) // 2
+        lengths = tuple([own_rows[self._is_cut(depth)] for depth in range(num_layers)])
+        return FilledHistory(tuple(tensors), results[2::3], lengths, addresses)
+
+    def _is_cut(self, depth: int) -> bool:
+        """True of a layer that has only what truncation leaves."""
+        truncates = self.model_cfg.truncate_after_layer
+        return truncates is not None and depth >= truncates
 
     def lengths_of_sizes(self, longest: int) -> list[int]:
         """A length for each size that one history of up to `longest` events is filled up to."""
@@ -90,8 +143,11 @@ class GraphedModel:
 
     def fill(self, batch: SequenceBatch) -> SequenceBatch:
         """The batch, from the CPU, filled up to one of few sizes and on the device."""
-        pinned = self.device.type == "cuda"
-        return self.filler.fill(batch).pack(pin_memory=pinned).to(self.device)
+        return self._fill_on_host(batch).to(self.device)
+
+    def _fill_on_host(self, batch: SequenceBatch) -> SequenceBatch:
+        """The same before its copy; a graph copies it to where it reads by itself."""
+        return self.filler.fill(batch).pack(pin_memory=self.device.type == "cuda")
 
     def _own_rows(self, batch: SequenceBatch) -> tuple[int, int]:
         """Tokens of the batch's own sequences, before truncation and after."""
@@ -106,14 +162,12 @@ class GraphedModel:
         self, results: Results, own_rows: tuple[int, int], num_sequences: int
     ) -> HistoryCache:
         """The caches of the first `num_sequences` sequences, in memory of their own."""
-        truncates = self.model_cfg.truncate_after_layer
         layers: list[LayerCache] = []
         shared: dict[int, Tensor] = {}  # layers that share their offsets go on sharing them
         found, own = [], []
         of_layers = zip(results[0::3], results[1::3], results[2::3], strict=True)
         for depth, (keys, values, offsets) in enumerate(of_layers):
-            is_kept = truncates is not None and depth >= truncates
-            num_rows = own_rows[is_kept]
+            num_rows = own_rows[self._is_cut(depth)]
             if id(offsets) not in shared:
                 shared[id(offsets)] = offsets[: num_sequences + 1].clone()
             keys, values = keys[:num_rows], values[:num_rows]

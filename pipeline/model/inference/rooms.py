@@ -38,6 +38,18 @@ class Room:
             offsets[1].fill_(num_rows)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FilledHistory:
+    """One encoded history as the pass over a filled batch leaves it: the first rows of longer
+    tensors. If a graph was replayed, its next replay writes over them.
+    """
+
+    tensors: tuple[Tensor, ...]  # keys, then values, of each layer
+    offsets: tuple[Tensor, ...]  # of each layer; only which layers share theirs is of use
+    lengths: tuple[int, ...]  # rows of each layer that count
+    addresses: Tensor  # int64 [2 * layers], where each tensor begins, on its device
+
+
 class StoredHistory(Protocol):
     """An encoded history of one user that lies in somebody's memory, to be read or copied."""
 
