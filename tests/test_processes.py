@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ from pipeline.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 60.0
-# in the place of a job: says who it is, and leaves its mark when it is asked to end
+# in the place of a job: says who it is, and when it is asked to end does so once it may
 STAND_IN = """#!/bin/sh
-trap 'sleep 1; touch {folder}/ended; exit 143' TERM
+trap 'touch {folder}/asked; until test -e {folder}/go; do sleep 0.1; done; exit 143' TERM
 echo $$ > {folder}/part && mv {folder}/part {folder}/pid
 while true; do sleep 0.1; done
 """
@@ -64,11 +63,14 @@ def test_the_chain_waits_for_what_it_has_started_when_it_is_asked_to_end(
     command = [sys.executable, "-c", BENCHMARK, tmp_path, stand_in, what]
     with subprocess.Popen(command, cwd=ROOT) as benchmark:
         wait_until((tmp_path / "pid").exists, "the process", PATIENCE_S)
-        benchmark.terminate()
-        time.sleep(0.3)
-        benchmark.terminate()
+        for _ in range(2):
+            benchmark.terminate()
+            wait_until((tmp_path / "asked").exists, "the process", PATIENCE_S)
+
+        with pytest.raises(subprocess.TimeoutExpired):
+            benchmark.wait(1.0)
+        (tmp_path / "go").touch()
         assert benchmark.wait(PATIENCE_S) == 128 + signal.SIGTERM
-        assert (tmp_path / "ended").exists()
     assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
@@ -84,13 +86,14 @@ def test_a_training_job_ends_when_its_benchmark_is_asked_to(
     def stop_once_it_runs() -> None:
         wait_until((tmp_path / "pid").exists, "the job", PATIENCE_S)
         stopping.set()
+        (tmp_path / "go").touch()
 
     stopper = threading.Thread(target=stop_once_it_runs)
     stopper.start()
     with pytest.raises(RuntimeError, match="asked to end"):
         run_part(case, cfg, tmp_path, options, stopping)
     stopper.join()
-    assert (tmp_path / "ended").exists()
+    assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
 def test_what_does_not_end_is_killed_with_all_that_it_has_started() -> None:
