@@ -24,7 +24,15 @@ from benchmarks.quality import (
 )
 from benchmarks.quality import report as quality_report
 from benchmarks.report import RESULTS, RUNS, merge_runs, read_run, write_section
-from benchmarks.serving import gpu_load, gpu_replica, peeking, ranker, recommend, under_load_report
+from benchmarks.serving import (
+    deployed,
+    gpu_load,
+    gpu_replica,
+    peeking,
+    ranker,
+    recommend,
+    under_load_report,
+)
 from benchmarks.training import (
     collate,
     cpu_step,
@@ -141,6 +149,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "train_job": lambda: train_job.section(train_job.read_runs()),
     "serve_gpu": lambda: gpu_replica.section(*runs_read("serve_gpu_h100")),
     "serve_gpu_load": lambda: gpu_load.section(gpu_load.read_runs()),
+    "deployed": lambda: deployed.section(*runs_read("deployed")),
 }
 
 

@@ -186,7 +186,8 @@ def section(run: dict[str, Any]) -> str:
     """What was found, for RESULTS.md."""
     machine = run["environment"]
     replicas = run["replicas"]
-    said = f"""`{run["command"]}`: {replicas} × {machine["device"]}, {machine["cores"]} cores,
+    note = f" ({run['note']})" if "note" in run else ""  # written into its file by hand
+    said = f"""`{run["command"]}`{note}: {replicas} × {machine["device"]}, {machine["cores"]} cores,
 torch {machine["torch"]}, triton {machine["triton"]}, Ray {run["ray"]}. `jobs.pipeline` with
 `configs/smoke.yaml` trains with a worker on each GPU and serves from one; `jobs.deploy` then serves
 its champion with {replicas} replicas on a cluster that `ray start` has begun, and once more.
