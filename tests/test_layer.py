@@ -19,11 +19,12 @@ from kernels.layer_norm.triton_launch import launch_layer_norm, launch_quantize
 from kernels.linear import triton_launch as linear
 from kernels.linear.reference import linear_reference
 from kernels.linear.triton_launch import LinearTile, launch_linear
-from kernels.linear.weights import cast_weight
+from kernels.linear.weights import cast_weight, folded_linear
 from kernels.norm_gate.reference import dropout_mask, norm_gate_reference
 from kernels.norm_gate.triton_launch import launch_norm_gate
 from kernels.semi_local_attention import tile_table
 from kernels.semi_local_attention.op import cached_attention
+from kernels.semi_local_attention.types import QueryRows
 from kernels.stu import op
 from kernels.stu.op import stu_layer
 from kernels.stu.recompute import RECOMPUTABLE
@@ -119,6 +120,71 @@ def test_interpreted_layer_equals_the_reference_in_outputs_and_gradients(name):
     assert_as_accurate(fast, plain, truth, num_terms=32)  # rows of the batch
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_frozen_layer_equals_the_reference(name):
+    """Its norm is folded into f1. Rows with a mean, which the folded weights must not see."""
+    shape, _ = CASES[name]
+    x, weights, _ = make_layer(shape)
+    x = (x + 5).float().double()
+    index = torch.tensor([20, 22, 30])
+    rows = QueryRows(index, torch.searchsorted(index, SEQUENCES.seq_offsets))
+
+    def run(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
+        of = STUWeights(*(w.to(dtype) for w in weights))
+        with torch.no_grad():
+            out = op.stu_layer(x.to(dtype), of, shape, SEQUENCES, backend=backend)
+            asked = out[index]
+            if backend == "triton":
+                given = x.to(dtype), of, shape, SEQUENCES, rows
+                asked = op.stu_layer_rows(*given, backend=backend)
+            _, *qkv = op.project_uvqk(x.to(dtype), of, shape, backend=backend)
+        return [out, asked, *qkv]
+
+    truth, plain = run(torch.float64, "reference"), run(torch.float32, "reference")
+    assert_as_accurate(run(torch.float32, "triton"), plain, truth, num_terms=32)
+
+
+def test_a_folded_norm_leaves_out_the_mean_of_rows():
+    """In bfloat16, beside normalised rows that are rounded: means of 0 and of 30 deviations."""
+    torch.manual_seed(0)
+    x, w = torch.randn(100, 512), torch.randn(200, 512) * 512**-0.5
+    bias, gain, offset = torch.randn(200), torch.randn(512), torch.randn(512)
+    folded = folded_linear(w, bias, gain, offset, torch.bfloat16)
+    assert folded is not None
+    assert folded.weight.double().sum(1).abs().max() < 1e-6
+    ulps = folded.weight.double().abs() * 2**-7 + 1e-6
+    centred = (w * gain).double() - (w * gain).double().mean(1, keepdim=True)
+    assert ((folded.weight.double() - centred).abs() <= 8 * ulps).all()
+
+    for mean in (0, 30):
+        rounded = (x + mean).bfloat16().double()
+        scale = 1 / (rounded.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+        found = (rounded @ folded.weight.double().T) * scale + folded.bias
+
+        def normed(of: Tensor) -> Tensor:
+            return torch.nn.functional.layer_norm(of, (512,), gain.to(of), offset.to(of), 1e-6)
+
+        truth = normed(rounded) @ w.double().T + bias
+        plain = normed(rounded).bfloat16().double() @ w.bfloat16().double().T + bias
+        assert (found - truth).norm() < 1.2 * (plain - truth).norm()
+
+
+def test_norms_of_trained_weights_are_not_folded():
+    """A map of weights that change would have to be made at each call."""
+    w, vectors = torch.randn(8, 4), [torch.randn(8), torch.randn(4), torch.randn(4)]
+    first = folded_linear(w, *vectors, torch.float32)
+    assert folded_linear(w, *vectors, torch.float32) is first
+    vectors[2].add_(1)  # the norm's bias
+    changed = folded_linear(w, *vectors, torch.float32)
+    assert first is not None and changed is not None
+    torch.testing.assert_close(changed.bias - first.bias, w.sum(1))
+    for trained in (w, *vectors):
+        trained.requires_grad_()
+        assert folded_linear(w, *vectors, torch.float32) is None
+        trained.requires_grad_(False)
+
+
 def test_a_in_float32_keeps_what_its_mean_would_hide():
     """Rows that see 100 keys and more of values above 0: A's mean is far above its spread, of which
     rounding to bfloat16 takes the last bits before Norm(A) takes the mean away.
@@ -190,6 +256,9 @@ def test_interpreted_linear(monkeypatch, rows, tile, silu_from):
         torch.testing.assert_close(slope, expected)
         out, _ = launch_linear(x, w, bias, residual=residual, tile=tile)
         torch.testing.assert_close(out, linear_reference(x, w, bias, residual=residual))
+        out, _ = launch_linear(x, w, bias, silu_from=silu_from, scales=(scale, None), tile=tile)
+        scaled = linear_reference(x * scale[:, None], w, bias, silu_from=silu_from)
+        torch.testing.assert_close(out, scaled)
         out, _ = launch_linear(
             codes, w_codes, bias, scales=(scale, w_scale), dtype=torch.float32, tile=tile
         )

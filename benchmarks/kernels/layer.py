@@ -60,6 +60,7 @@ from kernels.layer_norm.triton_launch import (
     launch_layer_norm,
     launch_layer_norm_backward,
     launch_quantize,
+    launch_row_scales,
     launch_swish,
     launch_swish_backward,
 )
@@ -229,6 +230,7 @@ def time_rows(timer: Timer, tokens: int = TOKENS, width: int = 512) -> dict[str,
     one = x.nbytes
     calls = {
         "norm": (2 * one, lambda: launch_layer_norm(x, w, b, 1e-6, x.dtype)),
+        "norm's deviations": (one, lambda: launch_row_scales(x, 1e-6)),
         "norm + quantise": (
             1.5 * one,
             lambda: launch_layer_norm(x, w, b, 1e-6, x.dtype, out=False, fp8=True),
@@ -314,6 +316,9 @@ def time_products(timer: Timer) -> dict[str, dict[str, Any]]:
         "f1: bias, SiLU": lambda: launch_linear(x, w4, bias4, silu_from=512),
         "f1: bias, SiLU, its derivative too": lambda: launch_linear(
             x, w4, bias4, silu_from=512, keep_slope=True
+        ),
+        "f1: its norm folded in, bias, SiLU": lambda: launch_linear(
+            x, w4, bias4, silu_from=512, scales=(scale, None)
         ),
         "f1: FP8, bias, SiLU": lambda: launch_linear(codes, codes4, bias4, **fp8),
         "f1: cuBLAS with bias, no SiLU": lambda: F.linear(x, w4, bias4),

@@ -31,7 +31,8 @@ from kernels.position_time.op import add_position_time
 from kernels.position_time.reference import time_bucket
 from kernels.position_time.types import Anchor
 from kernels.semi_local_attention import tile_table
-from kernels.stu.op import stu_layer
+from kernels.semi_local_attention.types import QueryRows
+from kernels.stu.op import project_uvqk, stu_layer, stu_layer_rows
 from kernels.stu.recompute import RECOMPUTABLE
 from kernels.stu.types import Sequences, STUShape, STUWeights
 
@@ -143,6 +144,35 @@ def check_layer(case: Case) -> str | None:
         if not all(torch.equal(a, b) for a, b in zip(fast, other, strict=True)):
             return f"recompute={recompute} changes the result"
     return None
+
+
+def check_frozen(case: Case, mean: float) -> str | None:
+    """A frozen layer, whose norm is folded into f1, of rows with a mean of `mean` deviations: all
+    rows of the output, every third, and Q, K and V.
+    """
+    draws = generator(1)
+    x = torch.randn(sum(case.lengths), case.width, generator=draws, device=DEVICE) + mean
+    x, weights = x.bfloat16(), make_layer(case.shape, case.width)
+    sequences = make_sequences(case.lengths, case.num_targets)
+    index = torch.arange(0, len(x), 3, device=DEVICE)
+    rows = QueryRows(index, torch.searchsorted(index, sequences.seq_offsets))
+
+    def run(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
+        of = STUWeights(*(w.to(dtype) for w in weights))
+        given: dict[str, Any] = {"backend": backend}
+        with torch.no_grad():
+            out = stu_layer(x.to(dtype), of, case.shape, sequences, **given)
+            _, *qkv = project_uvqk(x.to(dtype), of, case.shape, **given)
+            asked = out[index]
+            if backend == "triton":
+                asked = stu_layer_rows(x.to(dtype), of, case.shape, sequences, rows, **given)
+        return [out, asked, *qkv]
+
+    truth, plain = run(torch.float64, "reference"), run(case.dtype, "reference")
+    fast, again = run(case.dtype, "triton"), run(case.dtype, "triton")
+    if not all(torch.equal(a, b) for a, b in zip(fast, again, strict=True)):
+        return "two runs differ"
+    return find_stray(fast, plain, truth, num_terms=sum(case.lengths))
 
 
 def check_fp8(width: int, rows: int) -> str | None:
@@ -458,6 +488,7 @@ def layer_checks() -> list[Check]:
     codes: list[Check] = [(check_fp8_recompute, case) for case in eights]
     return [
         *((check_layer, case) for case in parity_cases()),
+        *((check_frozen, case, mean) for case in parity_cases() for mean in (0.0, 5.0)),
         *products,
         (check_fused_fp8,),
         *codes,
@@ -480,6 +511,7 @@ def smoke_checks() -> list[Check]:
     )
     return [
         (check_layer, Case(tiny, 16, (17, 0), (3, 0), 0.2, torch.float32)),
+        (check_frozen, Case(tiny, 16, (17, 0), (3, 0), 0.0, torch.float32), 5.0),
         (check_gate, 19, 32, 0.2, torch.float32),
         (check_norm, "plain", 9, 24, torch.float32),
         (check_norm, "gate", 9, 24, torch.float32),

@@ -87,6 +87,23 @@ def norm_forward(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
+def row_scales(
+    x,  # [T, E]
+    scale,  # float32 [T]: 1 / sqrt(var + eps)
+    num_rows, width, stride_x, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
+    place = rows.to(tl.int64)[:, None] * stride_x + columns[None, :]
+    x_RE = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+
+    mean = tl.sum(x_RE, 1) / width
+    centred = tl.where(inside, x_RE - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
+    tl.store(scale + rows, rstd, mask=rows < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def quantize(x, out_fp8, scale, num_rows, width, stride_x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Rows as e4m3 with a scale each."""
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)

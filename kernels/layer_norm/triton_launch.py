@@ -90,6 +90,22 @@ def launch_layer_norm(
     return y, codes, scale
 
 
+def launch_row_scales(x_TE: Tensor, eps: float) -> Tensor:
+    """float32 [T]: 1 / sqrt(var + eps) of each row, for a product in which the norm is folded
+    (`kernels.linear.weights.FoldedLinear`).
+    """
+    num_rows, width = x_TE.shape
+    scale = torch.empty(num_rows, dtype=torch.float32, device=x_TE.device)
+
+    if num_rows:
+        rows, block, warps = FORWARD.of(width)
+        launch(
+            triton_kernels.row_scales, cdiv(num_rows, rows), (x_TE, scale), (num_rows,),
+            (width, x_TE.stride(0), eps), (rows, block), device=x_TE.device, num_warps=warps,
+        )  # fmt: skip
+    return scale
+
+
 def launch_quantize(x_TE: Tensor) -> tuple[Tensor, Tensor]:
     num_rows, width = x_TE.shape
     codes = torch.empty(num_rows, width, dtype=FP8, device=x_TE.device)

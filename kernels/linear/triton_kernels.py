@@ -49,10 +49,11 @@ def load_tile(
 
 @triton.jit
 def _epilogue(
-    acc, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows, num_outputs,
+    acc, x_scales, row, column, out, slope, bias, residual, w_scale, num_rows, num_outputs,
     stride_out, stride_slope, stride_residual, silu_from, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SILU: tl.constexpr, SLOPE: tl.constexpr, RESIDUAL: tl.constexpr,
-    FP8: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, TMA_OUT: tl.constexpr,
+    SCALED: tl.constexpr, FP8: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr,
+    TMA_OUT: tl.constexpr,
 ):  # fmt: skip
     """Scales, bias, then SiLU or the residual, and the stores of a [BLOCK_M, BLOCK_N] of sums."""
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
@@ -63,8 +64,10 @@ def _epilogue(
     long_rows = rows.to(tl.int64)[:, None]
 
     if FP8:
-        by_row = tl.load(x_scale + rows, mask=rows < num_rows, other=0.0)
-        acc *= by_row[:, None] * tl.load(w_scale + columns, mask=valid, other=0.0)[None, :]
+        w_scales = tl.load(w_scale + columns, mask=valid, other=0.0)
+        acc *= x_scales[:, None] * w_scales[None, :]
+    elif SCALED:
+        acc *= x_scales[:, None]
     acc += tl.load(bias + columns, mask=valid, other=0.0).to(tl.float32)[None, :]
 
     if SILU:
@@ -102,13 +105,13 @@ def linear(
     slope,  # [M, N - silu_from], likewise: SiLU's derivative where it was applied
     bias,  # [N]
     residual,  # [M, N]
-    x_scale,  # float32 [M] of FP8 rows
-    w_scale,  # float32 [N]
+    x_scale,  # float32 [M], with SCALED: what the sums of a row are multiplied by
+    w_scale,  # float32 [N], with FP8: likewise of an output
     num_rows, num_outputs, num_inputs, stride_x, stride_w, stride_out, stride_slope,
     stride_residual, silu_from, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr, SILU: tl.constexpr, SLOPE: tl.constexpr, RESIDUAL: tl.constexpr,
-    FP8: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr,
-    FLATTEN: tl.constexpr, TMA_OUT: tl.constexpr,
+    SCALED: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
+    EVEN: tl.constexpr, FLATTEN: tl.constexpr, TMA_OUT: tl.constexpr,
 ):  # fmt: skip
     """out = x wᵀ + bias, SiLU of the columns from `silu_from` on, or + residual.
 
@@ -122,6 +125,10 @@ def linear(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         row, column = (tile // across) * BLOCK_M, (tile % across) * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        x_scales = row  # nobody's
+        if SCALED:  # asked for before the product, behind which the epilogue would wait for them
+            rows = row + tl.arange(0, BLOCK_M)
+            x_scales = tl.load(x_scale + rows, mask=rows < num_rows, other=0.0)
 
         for k in range(0, num_inputs, BLOCK_K):
             a = load_tile(x, row, k, num_rows, num_inputs, stride_x, BLOCK_M, BLOCK_K, TMA)
@@ -132,18 +139,18 @@ def linear(
                 tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             )
             _epilogue(
-                left, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows,
+                left, x_scales, row, column, out, slope, bias, residual, w_scale, num_rows,
                 num_outputs, stride_out, stride_slope, stride_residual, silu_from, BLOCK_M,
-                BLOCK_N // 2, SILU, SLOPE, RESIDUAL, FP8, FAST, EVEN, TMA_OUT
+                BLOCK_N // 2, SILU, SLOPE, RESIDUAL, SCALED, FP8, FAST, EVEN, TMA_OUT
             )  # fmt: skip
             _epilogue(
-                right, row, column + BLOCK_N // 2, out, slope, bias, residual, x_scale, w_scale,
+                right, x_scales, row, column + BLOCK_N // 2, out, slope, bias, residual, w_scale,
                 num_rows, num_outputs, stride_out, stride_slope, stride_residual, silu_from,
-                BLOCK_M, BLOCK_N // 2, SILU, SLOPE, RESIDUAL, FP8, FAST, EVEN, TMA_OUT
+                BLOCK_M, BLOCK_N // 2, SILU, SLOPE, RESIDUAL, SCALED, FP8, FAST, EVEN, TMA_OUT
             )  # fmt: skip
         else:
             _epilogue(
-                acc, row, column, out, slope, bias, residual, x_scale, w_scale, num_rows,
+                acc, x_scales, row, column, out, slope, bias, residual, w_scale, num_rows,
                 num_outputs, stride_out, stride_slope, stride_residual, silu_from, BLOCK_M, BLOCK_N,
-                SILU, SLOPE, RESIDUAL, FP8, FAST, EVEN, TMA_OUT
+                SILU, SLOPE, RESIDUAL, SCALED, FP8, FAST, EVEN, TMA_OUT
             )  # fmt: skip

@@ -95,7 +95,7 @@ class PreparedLinear:
 def _prepare(
     shape: tuple[int, int, int],  # rows, outputs, inputs
     strides: tuple[int, int, int, int, int],  # of rows of x, w, out, slope, residual
-    given: tuple[torch.dtype, torch.dtype, bool],  # types of x and out; FP8 or not
+    given: tuple[torch.dtype, torch.dtype, bool, bool],  # types of x and out; scales of x and w
     silu_from: int | None,
     sloped: bool,
     residual: bool,
@@ -105,7 +105,7 @@ def _prepare(
     device: torch.device,
 ) -> PreparedLinear:
     num_rows, num_outputs, num_inputs = shape
-    x_dtype, dtype, fp8 = given
+    x_dtype, dtype, scaled, fp8 = given
     part = tile.outputs // tile.parts
     tma_out = tma and tile.tma_out and aligned_out and (silu_from or 0) % part == 0
 
@@ -132,8 +132,8 @@ def _prepare(
         programs=programs, descriptors=(of_x, of_w, of_out, of_slope),
         fixed=(num_outputs, num_inputs, *strides, silu_from),
         constants=(
-            tile.rows, tile.outputs, tile.inputs, tile.parts, silu, sloped, residual, fp8, tma,
-            fast, even, tile.flatten, tma_out,
+            tile.rows, tile.outputs, tile.inputs, tile.parts, silu, sloped, residual, scaled, fp8,
+            tma, fast, even, tile.flatten, tma_out,
         ),
     )  # fmt: skip
 
@@ -146,14 +146,14 @@ def launch_linear(
     silu_from: int | None = None,
     keep_slope: bool = False,
     residual: Tensor | None = None,
-    scales: tuple[Tensor, Tensor] | None = None,
+    scales: tuple[Tensor, Tensor | None] | None = None,
     dtype: torch.dtype | None = None,
     tile: LinearTile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x wᵀ + bias [T, N] in `dtype` (x's by default), and SiLU's derivative [T, N - silu_from] with
     `keep_slope`.
 
-    `scales`: of the rows of x and of w, which then are FP8.
+    `scales`: float32, of the rows of x; and of those of w, both of which then are FP8.
     """
     num_rows, num_inputs = x_TK.shape
     num_outputs, device = w_NK.shape[0], x_TK.device
@@ -168,7 +168,9 @@ def launch_linear(
         return out, slope
     of_slope, of_residual = (0 if t is None else t.stride(0) for t in (slope, residual))
 
-    hopper, fp8 = is_hopper(device), scales is not None
+    hopper = is_hopper(device)
+    x_scale, w_scale = scales or (None, None)
+    fp8 = w_scale is not None
     if tile is None:
         half = x_TK.element_size() < 4
         tile = tile_size(
@@ -178,7 +180,7 @@ def launch_linear(
     prepared = _prepare(
         (num_rows, num_outputs, num_inputs),
         (x_TK.stride(0), w_NK.stride(0), num_outputs, of_slope, of_residual),
-        (x_TK.dtype, dtype, fp8),
+        (x_TK.dtype, dtype, x_scale is not None, fp8),
         silu_from,
         slope is not None,
         residual is not None,
@@ -192,7 +194,7 @@ def launch_linear(
     tensors = [x if form is None or x is None else descriptor_like(form, x) for x, form in pairs]
     launch(
         triton_kernels.linear, prepared.programs,
-        (*tensors, bias, residual, *(scales or (None, None))), (num_rows,), prepared.fixed,
+        (*tensors, bias, residual, x_scale, w_scale), (num_rows,), prepared.fixed,
         prepared.constants, device=device, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, slope

@@ -3,7 +3,7 @@ made once.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from weakref import ref
 
 import torch
@@ -25,6 +25,58 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 [N, K] and its scales, float32 [N]: one for each output."""
     return frozen_form(weight, "fp8", lambda: launch_quantize(weight.detach()))
+
+
+class FoldedLinear(NamedTuple):
+    """A linear map of normalised rows as one of the rows themselves.
+
+    With the norm's weight γ and bias β, and v = w γ, each of whose rows is less its mean:
+
+        LayerNorm(x) wᵀ + bias = x vᵀ / sqrt(var + eps) + (β wᵀ + bias)
+
+    x keeps its mean, of which rows of v that add up to 0 take nothing.
+    """
+
+    weight: Tensor  # [N, K], v
+    bias: Tensor  # float32 [N]
+
+
+def folded_linear(
+    weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, dtype: torch.dtype
+) -> FoldedLinear | None:
+    """The map with the norm before it, its weight in `dtype`. None where any of them is trained:
+    the map would have to be made anew at each call.
+    """
+    sources = bias, norm_weight, norm_bias
+    if any(t.requires_grad for t in (weight, *sources)):
+        return None
+
+    def build() -> FoldedLinear:
+        w, shift, gain, offset = (t.detach().double().cpu() for t in (weight, *sources))
+        scaled = w * gain
+        centred = scaled - scaled.mean(1, keepdim=True)
+        folded = round_rows(centred, dtype), (w @ offset + shift).float()
+        return FoldedLinear(*(t.to(weight.device) for t in folded))
+
+    return frozen_form(weight, ("folded", dtype), build, sources)
+
+
+def round_rows(exact_NK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 numbers rounded so that a row keeps its sum.
+
+    What rounding takes from the sum is added to the row's largest number, what is lost in that to
+    the next one, and so on: the smallest loses next to nothing.
+    """
+    order = exact_NK.abs().argsort(dim=1, descending=True, stable=True)
+    columns = exact_NK.gather(1, order).T.contiguous()
+    rounded = columns.to(dtype)
+    lost = (columns - rounded.double()).sum(0)
+
+    for column in rounded:
+        wanted = column.double() + lost
+        column.copy_(wanted)
+        lost = wanted - column.double()
+    return torch.empty_like(exact_NK, dtype=dtype).scatter_(1, order, rounded.T)
 
 
 def frozen_form(

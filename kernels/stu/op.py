@@ -152,10 +152,10 @@ def project_uvqk(
     if torch.is_grad_enabled() or not is_fused(x_TE, shape, backend):
         return project_reference(x_TE, weights, shape)
 
-    from kernels.stu.triton_launch import launch_project
+    from kernels.stu.triton_launch import launch_frozen_project
 
     x_TE = x_TE.to(_compute_dtype(x_TE)).contiguous()
-    projected, _ = launch_project(x_TE, weights, shape, keep_slope=False)
+    projected = launch_frozen_project(x_TE, weights, shape)
     u, q, k, v = projected.split_parts(projected.uvqk)
     return u, q, k, v
 

@@ -23,28 +23,27 @@ from kernels.linear.weights import cast_weight, quantized_weight
 from kernels.norm_gate.triton_launch import launch_norm_gate_backward
 from kernels.semi_local_attention import triton_launch as attention
 from kernels.semi_local_attention.plan import TritonPlan
-from kernels.stu.triton_launch import launch_output, weights_of_pass
+from kernels.stu.triton_launch import launch_folded, launch_output, weights_of_pass
 from kernels.stu.types import STUShape, STUWeights
 
 
 class Outputs(NamedTuple):
     """Some of f1's outputs: U and Q, or K and V."""
 
-    begin: int
-    end: int
+    place: slice
     silu_from: int | None  # of them, the first that is activated
 
 
 def of_queries(shape: STUShape) -> Outputs:
     """U, activated by the gate, and Q."""
     width_u, width_q = shape.uvqk_widths[:2]
-    return Outputs(0, width_u + width_q, width_u if shape.silu_qkv else None)
+    return Outputs(slice(width_u + width_q), width_u if shape.silu_qkv else None)
 
 
 def of_keys(shape: STUShape) -> Outputs:
     """K and V."""
     widths = shape.uvqk_widths
-    return Outputs(widths[0] + widths[1], sum(widths), 0 if shape.silu_qkv else None)
+    return Outputs(slice(widths[0] + widths[1], None), 0 if shape.silu_qkv else None)
 
 
 @dataclass(slots=True)
@@ -79,10 +78,21 @@ def launch_project_rows(
     return RowProjected(uq, kv, slope_q, slope_kv, shape)
 
 
+def launch_frozen_rows(
+    x_TE: Tensor, x_RE: Tensor, weights: STUWeights, shape: STUShape
+) -> RowProjected:
+    """As `launch_project_rows`, where nothing is recorded."""
+    kv = launch_folded(x_TE, weights, shape, *of_keys(shape))
+    uq = launch_folded(x_RE, weights, shape, *of_queries(shape))
+    if kv is None or uq is None:
+        return launch_project_rows(x_TE, x_RE, weights, shape, keep_slope=False)
+    return RowProjected(uq, kv, None, None, shape)
+
+
 def _launch_outputs(
     x_TE: Tensor, weights: STUWeights, shape: STUShape, outputs: Outputs, keep_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
-    dtype, place = x_TE.dtype, slice(outputs.begin, outputs.end)
+    dtype, place = x_TE.dtype, outputs.place
     norm = weights.norm_weight, weights.norm_bias, shape.norm_eps, dtype
     normed, codes, scale = launch_layer_norm(x_TE, *norm, out=not shape.fp8, fp8=shape.fp8)
 
@@ -146,7 +156,7 @@ def launch_layer_rows(
     [T, H, D] and V [T, H, V]. Nothing is recorded.
     """
     x_RE = x_TE.index_select(0, index)
-    projected = launch_project_rows(x_TE, x_RE, weights, shape, keep_slope=False)
+    projected = launch_frozen_rows(x_TE, x_RE, weights, shape)
     a = attention_of_rows(projected, plan, index)
     u, _ = projected.split_queries(projected.uq)
     out, _ = launch_output(x_RE, a, u, weights, shape, p, seed, keep_y=False)

@@ -3,6 +3,8 @@ kept.
 
     x ─norm→ X ─f1, SiLU→ U, Q, K, V ─attention→ A ─norm, gate, dropout→ Y ─f2 + x→ out
 
+A frozen layer makes no X: the norm is folded into f1, which needs the deviation of x's rows alone.
+
 Kept for backward are x and A, and unless `recompute` names them X, U..V and Y. SiLU's derivative
 does not follow from its result: U is activated only inside the gate kernels, and for Q, K, V f1
 writes the derivative too where backward follows. Each kernel that makes a gradient applies it
@@ -17,9 +19,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernels.layer_norm.triton_launch import launch_layer_norm, launch_layer_norm_backward
+from kernels.layer_norm.triton_launch import (
+    launch_layer_norm,
+    launch_layer_norm_backward,
+    launch_row_scales,
+)
 from kernels.linear.triton_launch import launch_linear
-from kernels.linear.weights import cast_weight, quantized_weight
+from kernels.linear.weights import cast_weight, folded_linear, quantized_weight
 from kernels.norm_gate.triton_launch import launch_norm_gate, launch_norm_gate_backward
 from kernels.semi_local_attention import triton_launch as attention
 from kernels.semi_local_attention.plan import TritonPlan
@@ -87,6 +93,33 @@ def launch_project(
     return Projected(uvqk, slope, shape), normed
 
 
+def launch_folded(
+    x_TE: Tensor, weights: STUWeights, shape: STUShape, outputs: slice, silu_from: int | None
+) -> Tensor | None:
+    """Some of f1's outputs of the normalised x, where nothing is recorded. None of weights that are
+    trained; and of FP8, for which a pass over x makes the codes anyway.
+    """
+    if shape.fp8:
+        return None
+    norm = weights.norm_weight, weights.norm_bias
+    folded = folded_linear(weights.uvqk_weight, weights.uvqk_bias, *norm, x_TE.dtype)
+    if folded is None:
+        return None
+
+    scale = launch_row_scales(x_TE, shape.norm_eps)
+    w, bias = folded.weight[outputs], folded.bias[outputs]
+    return launch_linear(x_TE, w, bias, silu_from=silu_from, scales=(scale, None))[0]
+
+
+def launch_frozen_project(x_TE: Tensor, weights: STUWeights, shape: STUShape) -> Projected:
+    """f1 of the normalised x, where nothing is recorded."""
+    silu_from = shape.uvqk_widths[0] if shape.silu_qkv else None
+    folded = launch_folded(x_TE, weights, shape, slice(None), silu_from)
+    if folded is not None:
+        return Projected(folded, None, shape)
+    return launch_project(x_TE, weights, shape, keep_slope=False)[0]
+
+
 def attention_problem(
     projected: Projected, plan: TritonPlan
 ) -> tuple[attention.AttentionProblem, tuple[Tensor, ...]]:
@@ -138,7 +171,7 @@ def launch_layer(
     seed: Tensor | None,
 ) -> Tensor:
     """The layer where nothing is recorded."""
-    projected, _ = launch_project(x_TE, weights, shape, keep_slope=False)
+    projected = launch_frozen_project(x_TE, weights, shape)
     a = attention_rows(projected, plan)
     return launch_output(x_TE, a, projected.u, weights, shape, p, seed, keep_y=False)[0]
 

@@ -99,7 +99,13 @@ def build(
 
 
 def build_linear(
-    arch: int, tile: LinearTile, *, fp8: bool = False, silu: bool = False, slope: bool = False
+    arch: int,
+    tile: LinearTile,
+    *,
+    fp8: bool = False,
+    silu: bool = False,
+    slope: bool = False,
+    scaled: bool = False,
 ) -> dict:
     constants = {
         "BLOCK_M": tile.rows,
@@ -111,6 +117,7 @@ def build_linear(
         "SILU": silu,
         "SLOPE": slope,
         "RESIDUAL": not silu,
+        "SCALED": fp8 or scaled,
         "FP8": fp8,
         "TMA": arch == 90,
         "FAST": True,
@@ -197,6 +204,8 @@ def main() -> None:
         found[f"sm_{arch} linear {kind}"] = build_linear(
             arch, tile, fp8=fp8, silu=silu, slope=slope
         )
+    tile = tile_size(outputs=2048, fp8=False, residual=False, half=True, hopper=True)
+    found["sm_90 linear silu folded"] = build_linear(90, tile, silu=True, scaled=True)
     codes, mixed = {"out_fp8": "*fp8e4nv"}, {"weight": "*fp32", "bias": "*fp32"}  # as in training
     gate = {"CONCAT": False, "DROPOUT": True, "OUT": True}
     rowwise = [
@@ -216,6 +225,7 @@ def main() -> None:
             codes,
         ),
         ("layer_norm quantize", layer_norm.quantize, FORWARD, {}, codes),
+        ("layer_norm row scales", layer_norm.row_scales, FORWARD, {}, {}),
         ("layer_norm backward", layer_norm.norm_backward, NORM_BACKWARD, {"RESIDUAL": True}, mixed),
         ("layer_norm swish forward", layer_norm.swish_forward, FORWARD, {}, {}),
         ("layer_norm swish backward", layer_norm.swish_backward, SWISH_BACKWARD, {}, mixed),

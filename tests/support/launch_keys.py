@@ -95,6 +95,8 @@ def other_layers(draw: random.Random, rows: int, sequences: int) -> None:
     layer_norm.launch_layer_norm_backward(x, x, x, weight, 1e-6)
     launch_linear(x, empty(4 * WIDTH, WIDTH), empty(4 * WIDTH), silu_from=WIDTH, keep_slope=True)
     launch_linear(x, empty(WIDTH, WIDTH), weight, residual=x)
+    scale = layer_norm.launch_row_scales(x, 1e-6)
+    launch_linear(x, empty(4 * WIDTH, WIDTH), empty(4 * WIDTH), scales=(scale, None))
 
     options = {"eps": 1e-6, "concat_ua": False, "p": 0.1, "seed": empty(1, dtype=torch.int64)}
     norm_gate.launch_norm_gate(x, x, weight, weight, **options)
