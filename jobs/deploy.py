@@ -30,9 +30,9 @@ def run_job(job: cli.Job) -> None:
     from serve_app import deployment
 
     cfg, manifest = job.cfg, job.options.rayservice
+    # mistakes and a cluster that is not there are told before MLflow is started
     if manifest is None:
         _require_cluster(cfg.ray)
-    # mistakes are told before MLflow is started
     deployment.plan_serving(cfg.folders, cfg.serve)
 
     with tracking.session(cfg) as tracker:
@@ -57,11 +57,16 @@ def plan_job(job: cli.Job) -> dict[str, object]:
 
 
 def _require_cluster(cfg: RayConfig) -> None:
-    if cfg.address is None and "RAY_ADDRESS" not in os.environ:
+    """Refuse a cluster that nobody names, or at whose address nothing listens."""
+    from pipeline.cluster import require_listening
+
+    address = cfg.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
         raise UserError(
             "ray.address: no cluster to deploy to; set it, submit this job with `ray job submit`, "
             "or use jobs.serve, which starts a server of its own"
         )
+    require_listening(address)
 
 
 if __name__ == "__main__":

@@ -125,16 +125,34 @@ def keep_serve_logs(context: Any, folder: Path) -> Path:
     return logs
 
 
-def _joined(address: str) -> Iterator[Any]:
+def require_listening(address: str) -> None:
+    """Refuse an address `host:port` at which nothing listens; Ray itself asks it for minutes.
+
+    Raises:
+        Outage: nothing does, or the host has no such name.
+    """
     host, _, port = address.rpartition(":")
+    if not port.isdigit() or "//" in host:
+        return
+    with _telling_no_cluster(address):
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+@contextmanager
+def _telling_no_cluster(address: str) -> Iterator[None]:
+    """Raise what is found at an address in place of a cluster as one message."""
     try:
-        if port.isdigit() and "//" not in host:  # Ray itself asks a dead address for minutes
-            socket.create_connection((host, int(port)), timeout=10).close()
-        context = _init(address=address, logging_level=logging.WARNING)
+        yield
     except (OSError, ValueError) as error:  # ConnectionError is an OSError
         # an address of no form is a mistake, one that does not answer is not
         kind = Outage if isinstance(error, OSError) else UserError
         raise kind(f"ray.address: no Ray cluster to join at {address!r}: {error}") from None
+
+
+def _joined(address: str) -> Iterator[Any]:
+    require_listening(address)
+    with _telling_no_cluster(address):
+        context = _init(address=address, logging_level=logging.WARNING)
 
     # for whatever in this process asks for "the" cluster of the machine
     before = os.environ.get("RAY_ADDRESS")

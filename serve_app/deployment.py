@@ -365,8 +365,7 @@ def send_update(settings: ServeConfig, dashboard_url: str, wanted: dict[str, Any
     filled = serve_config(settings, wanted, port, code_of_this_job())
     _send(client, beside_others(filled, details))
     url = f"http://{settings.host}:{port}"
-    update = Update(wanted["deployment"], find_wanted(details))
-    wait_for_update(client, url, update, settings.start_timeout_s)
+    wait_for_update(client, url, wanted["deployment"], settings.start_timeout_s)
     _tell_outage(url, settings.redis_url, is_new=is_new)
     return url
 
@@ -488,41 +487,35 @@ def _send(client: Any, filled: dict[str, Any]) -> None:
             time.sleep(SEND_PAUSE_S)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Update:
-    """An update that was sent."""
+def refuse_overtaken(details: dict[str, Any], deployment: str, url: str) -> None:
+    """Raises Outage where Serve wants another update than `deployment` by now: no replica will
+    answer with this one, however long it is waited for.
 
-    deployment: str  # its id
-    before: str | None  # that of the one which it is to replace; None: there was no server
-
-    def refuse_overtaken(self, details: dict[str, Any], url: str) -> None:
-        """Raises Outage where Serve wants another update by now: no replica will answer with this
-        one, however long it is waited for.
-        """
-        wanted = find_wanted(details)
-        # while Serve builds an application it names the update from before
-        if wanted not in (None, self.deployment, self.before):
-            raise Outage(
-                f"another job has updated the server at {url} meanwhile (deployment {wanted}): "
-                "what that one sent answers, not the version of this job"
-            )
+    Serve's details name an update from the moment that its PUT returns.
+    """
+    wanted = find_wanted(details)
+    if wanted not in (None, deployment):
+        raise Outage(
+            f"another job has updated the server at {url} meanwhile (deployment {wanted}): "
+            "what that one sent answers, not the version of this job"
+        )
 
 
-def wait_for_update(client: Any, url: str, update: Update, limit_s: float) -> None:
-    """Return when nothing but the update answers at `url`.
+def wait_for_update(client: Any, url: str, deployment: str, limit_s: float) -> None:
+    """Return when nothing but the update of the id `deployment` answers at `url`.
 
     Raises:
         UserError: the new version failed to load.
         Outage: Serve gave up, somebody sent a later update, or other answers came for `limit_s`
             seconds.
     """
-    deployment, in_a_row = update.deployment, 0
+    in_a_row = 0
     next_look = time.monotonic() + LOOK_EVERY_S
 
     def swapped() -> bool:
         nonlocal in_a_row, next_look
         if time.monotonic() > next_look:
-            update.refuse_overtaken(client.get_serve_details(), url)
+            refuse_overtaken(client.get_serve_details(), deployment, url)
             next_look = time.monotonic() + LOOK_EVERY_S
 
         info = _ready(url)

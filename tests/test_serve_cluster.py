@@ -334,9 +334,26 @@ def test_an_update_that_another_one_overtakes_is_not_waited_for(served: Served) 
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     client = ServeSubmissionClient(f"http://{served.dashboard_url}")
-    before = deployment.find_wanted(client.get_serve_details())
     champion = Tracker(served.cfg).find_champion()
     deployment.deploy_model(served.cfg.folders, served.cfg.serve, served.dashboard_url, champion)
-    overtaken = deployment.Update("0" * 32, before)
     with pytest.raises(Outage, match="another job has updated the server"):
-        deployment.wait_for_update(client, served.url, overtaken, 600)
+        deployment.wait_for_update(client, served.url, "0" * 32, 600)
+
+
+def test_an_update_is_the_one_wanted_from_its_put_on(served: Served) -> None:
+    """Also while Serve builds the application anew, for other arguments of the ingress."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    client = ServeSubmissionClient(f"http://{served.dashboard_url}")
+    champion = Tracker(served.cfg).find_champion()
+    for max_body_bytes in (2_000_000, served.cfg.serve.max_body_bytes):
+        settings = replace(served.cfg.serve, max_body_bytes=max_body_bytes)
+        wanted = deployment.user_config(served.cfg.folders, settings, champion)
+        port = int(served.url.rpartition(":")[2])
+        code = deployment.code_of_this_job()
+        client.deploy_applications(deployment.serve_config(settings, wanted, port, code))
+
+        assert deployment.find_wanted(client.get_serve_details()) == wanted["deployment"]
+        deployment.wait_for_update(
+            client, served.url, wanted["deployment"], settings.start_timeout_s
+        )

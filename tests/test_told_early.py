@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import jobs.deploy
 import jobs.drift
 import jobs.mlflow_ui
 import jobs.pipeline
@@ -20,7 +21,7 @@ import jobs.recommend
 import jobs.verdict
 from jobs import cli
 from pipeline import config, tracking
-from pipeline.config import ConfigError, RunConfig, UserError
+from pipeline.config import ConfigError, Outage, RunConfig, UserError
 from pipeline.sequences import build, preview, store
 from pipeline.sequences.build import build_sequences
 from pipeline.sequences.parts import find_part
@@ -283,6 +284,19 @@ def test_lists_that_no_version_can_make_are_refused_before_mlflow_starts(
     options = parser.parse_args(["--request", json.dumps(request_)])
     with pytest.raises(UserError, match=said):
         jobs.recommend.run_job(cli.Job(cfg, options))
+
+
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_a_cluster_that_does_not_answer_is_told_before_mlflow_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_dry: bool
+) -> None:
+    monkeypatch.setattr(tracking, "session", lambda cfg: pytest.fail("starts MLflow"))
+    monkeypatch.setattr(tracking, "plan_session", lambda cfg: pytest.fail("asks MLflow"))
+    cfg = tiny_config(tmp_path, ray={"address": "127.0.0.1:1"})
+    publish_sequences(cfg)
+    job = cli.Job(cfg, argparse.Namespace(rayservice=None))
+    with pytest.raises(Outage, match=r"ray\.address: no Ray cluster to join at '127\.0\.0\.1:1'"):
+        (jobs.deploy.plan_job if is_dry else jobs.deploy.run_job)(job)
 
 
 @pytest.mark.parametrize(
