@@ -94,7 +94,7 @@ def run(
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.unraisablehook = _ask_again_to_end
 
-    try:
+    with one_message():
         job = Job(config.load(options.config, options.overrides), options)
         with _telling_disk_faults(Path(job.cfg.runs_dir)):
             if options.dry_run:
@@ -103,6 +103,13 @@ def run(
             main(job)
         # Python's end would look for cycles in all that was imported, for half a second
         gc.freeze()
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """End the process with one line for a mistake, an outage and Ctrl-C: codes 2, 1 and 130."""
+    try:
+        yield
     except (config.UserError, config.Outage) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)

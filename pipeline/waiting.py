@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
-import httpx
-
 logger = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
@@ -47,6 +45,8 @@ def certificates() -> ssl.SSLContext:
     `httpx.get` reads it anew, also for http: tens of milliseconds of a processor that what is
     waited for could use.
     """
+    import httpx  # a tenth of a second that a job which asks nobody does not pay
+
     return httpx.create_ssl_context()
 
 

@@ -6,9 +6,12 @@ through others.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.support.reference.jobs import EXAMPLES
 
@@ -101,6 +104,44 @@ def test_a_mistake_is_told_before_the_seconds_that_imports_take():
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == dict.fromkeys(EXAMPLES, 2)
     assert done.stderr.count("unknown configuration key 'train.epoch'") == len(EXAMPLES)
+
+
+CTRL_C = """
+import runpy, sys
+
+_, job, module, *arguments = sys.argv
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == module:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = [job, *arguments]
+runpy.run_module(job, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("job", "module", "code"),
+    [
+        # before a job's own words for it are there Python ends itself by the signal
+        ("jobs.inspect", "pyarrow", -signal.SIGINT),
+        ("jobs.train", "pyarrow", -signal.SIGINT),
+        ("jobs.inspect", "pandas", 128 + signal.SIGINT),
+    ],
+)
+def test_ctrl_c_while_a_job_imports_is_one_line(job: str, module: str, code: int) -> None:
+    command = [sys.executable, "-c", CTRL_C, job, module, "configs"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (code, "stopped by Ctrl-C\n")
+
+
+def test_waiting_alone_imports_no_client_of_http():
+    program = "import sys, pipeline.waiting; print('httpx' in sys.modules)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 def test_the_block_blocks():

@@ -22,7 +22,7 @@ from pipeline.batches.features import fit_features
 from pipeline.config import ColumnReading
 from pipeline.logs.columns import time_values
 from pipeline.logs.ids import id_code
-from pipeline.logs.looking import sample
+from pipeline.logs.looking import listing, sample
 from pipeline.logs.looking.guess import guess_columns, time_option
 from pipeline.logs.times import read_times, show_time
 from pipeline.sequences import build, store
@@ -239,8 +239,8 @@ def test_side_tables_are_joined_and_their_features_written(
 
 
 def test_examples_of_a_column_are_different_values() -> None:
-    assert inspect.first_values(pa.array([7, 7, None, 3, 7, 5, 4])) == [7, 3, 5]
-    assert inspect.first_values(pa.array([[1], None, [1], [2], [3]])) == [[1], [1], [2]]
+    assert listing.first_values(pa.array([7, 7, None, 3, 7, 5, 4])) == [7, 3, 5]
+    assert listing.first_values(pa.array([[1], None, [1], [2], [3]])) == [[1], [1], [2]]
 
 
 # how a user's text file is written: the whole of it, and the options of its times
@@ -481,10 +481,15 @@ def test_seconds_that_a_format_does_not_have_are_not_lost_in_silence() -> None:
         ("05/01/2026 00:00", {"time": "9:05"}, "%d/%m/%Y %H:%M"),
         ("05.01.2026", {"time": time(9, 5, 0, 250_000)}, "%d.%m.%Y %H:%M:%S.%f"),
         ("05.01.2026", {"duration": "3:45", "clock": "9:05:00"}, "%d.%m.%Y %H:%M:%S"),
+        ("1/5/2026 12:00:00 AM", {"time": "9:05 am"}, "%m/%d/%Y %I:%M %p"),
+        ("01/05/2026", {"time": "09:05:00AM"}, "%m/%d/%Y %I:%M:%S%p"),
+        ("2026-01-05", {"time": "9:05 AM"}, "%Y-%m-%d %I:%M %p"),
+        (date(2026, 1, 5), {"time": "9:05 AM"}, "%Y-%m-%d %I:%M %p"),
+        (datetime(2026, 1, 5), {"time": "9:05 AM"}, "%Y-%m-%d %I:%M %p"),
     ],
 )
 def test_the_time_of_day_beside_a_date_is_found(
-    date: str, values: dict[str, object], form: str | None
+    date: object, values: dict[str, object], form: str | None
 ) -> None:
     guess = guess_columns(
         pa.table({"date": [date] * 20} | {k: [v] * 20 for k, v in values.items()})
@@ -494,6 +499,16 @@ def test_the_time_of_day_beside_a_date_is_found(
     assert guess.times is not None
     found = {show_time(moment) for moment in guess.times.to_pylist()}
     assert found == {"2026-01-05T09:05:00+00:00"}
+
+
+def test_halves_of_a_day_are_told_apart() -> None:
+    """Some of the times have seconds."""
+    clocks = ["12:05 AM", "9:05:07 am", "12:05 PM", "9:05 pm"]
+    guess = guess_columns(pa.table({"day": ["05/31/2026"] * 4, "time": clocks}))
+    assert guess.columns["event_time"]["format"] == "%m/%d/%Y %I:%M:%S %p"
+    assert guess.times is not None
+    found = [show_time(moment)[11:19] for moment in guess.times.to_pylist()]
+    assert found == ["00:05:00", "09:05:07", "12:05:00", "21:05:00"]
 
 
 @pytest.mark.parametrize("length", ["3:45", "70:12"])

@@ -77,6 +77,7 @@ def _clock_text(clocks: pa.Array, form: str | None) -> pa.Array:
 
     %H:%M          9:05 is 09:05      09:05:00 of a time is 09:05, 09:05:30 cannot be read
     %H:%M:%S       9:05 is 09:05:00
+    %I:%M:%S %p    9:05 pm is 09:05:00 pm
     %H%M           905 is 0905
     """
     form = form or ""
@@ -93,7 +94,7 @@ def _clock_text(clocks: pa.Array, form: str | None) -> pa.Array:
 
     clock = pc.replace_substring_regex(clock, r"^(\d):", r"0\1:")
     if "%S" in form:
-        clock = pc.replace_substring_regex(clock, r"^(\d\d:\d\d)$", r"\1:00")
+        clock = pc.replace_substring_regex(clock, r"^(\d\d:\d\d)( ?[AaPp][Mm])?$", r"\1:00\2")
     return clock
 
 

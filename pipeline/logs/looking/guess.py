@@ -64,7 +64,9 @@ PANDAS_INDEX = re.compile(r"^__index_level_\d+__$")
 # those with AM and PM first, and the day before the month where both can be
 DATES = ("%d.%m.%Y", "%d/%m/%Y", "%d-%m-%Y", "%m/%d/%Y", "%m-%d-%Y", "%Y/%m/%d", "%Y.%m.%d")
 WORDY_DATES = ("%d %b %Y", "%d-%b-%Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y")
-CLOCK = r"^ ?([01]?\d|2[0-3]):[0-5]\d(:\d\d(\.\d+)?)?$"  # a time of day in a column of its own
+# a time of day in a column of its own
+CLOCK = r"^ ?([01]?\d|2[0-3]):[0-5]\d(:\d\d(\.\d+)?)?( ?[AaPp][Mm])?$"
+HALF = re.compile(r"( ?)[ap]m$", re.IGNORECASE)
 CLOCK_FORM = re.compile(r",?[ T]%[HI].*$")  # that of a time of day after a date
 LENGTH = re.compile(r"(duration|length|runtime|elapsed|dauer|laenge|duree)")
 CLOCKS = (" %H:%M:%S", " %H:%M:%S.%f", " %H:%M", "", ", %H:%M:%S", ", %H:%M", "T%H:%M:%S")
@@ -196,19 +198,36 @@ def _with_clock(
     for clock in values:
         if not _is_clock(clock, values[clock]):
             continue
-        with_clock = {"clock": clock, **option}
-        if "format" in option:
-            date = CLOCK_FORM.sub("", option["format"])
-            if "%H" in date:  # without a blank before it
-                continue
-            with_clock["format"] = date + _clock_form(values[clock])
-
-        reading = ColumnReading(column=name, **with_clock)
-        joined = join_clock(values[name], values[clock], reading.format)
-        found = read_times(joined, reading)
-        if found.null_count - joined.null_count <= 0.01 * len(found):
-            return with_clock, found
+        for form in _joined_forms(option.get("format"), _clock_form(values[clock])):
+            with_clock: dict[str, Any] = {"clock": clock, **option}
+            if form is not None:
+                with_clock["format"] = form
+            reading = ColumnReading(column=name, **with_clock)
+            joined = join_clock(values[name], values[clock], reading.format)
+            found = read_times(joined, reading)
+            if found.null_count - joined.null_count <= 0.01 * len(found):
+                return with_clock, found
     return None
+
+
+def _joined_forms(date: str | None, clock: str) -> list[str | None]:
+    """Forms of a date of a form, None for ISO 8601, with a time of day; none where the date's own
+    has a time that cannot be taken away.
+
+    %d.%m.%Y, " %H:%M"       %d.%m.%Y %H:%M
+    None,     " %H:%M"       None
+    None,     " %I:%M %p"    %Y-%m-%d %I:%M %p, as ISO 8601 has no halves of a day
+    %d/%m/%Y, " %I:%M %p"    %m/%d/%Y %I:%M %p first: who writes AM and PM writes the month first
+    """
+    has_halves = "%p" in clock
+    if date is None:
+        return ["%Y-%m-%d" + clock] if has_halves else [None]
+
+    day = CLOCK_FORM.sub("", date)
+    if "%H" in day:  # without a blank before it
+        return []
+    days = ["%m/%d/%Y", day] if has_halves and day == "%d/%m/%Y" else [day]
+    return [day + clock for day in days]
 
 
 def _is_clock(name: str, column: pa.Array) -> bool:
@@ -222,13 +241,22 @@ def _is_clock(name: str, column: pa.Array) -> bool:
 
 
 def _clock_form(clocks: pa.Array) -> str:
-    """The form of the times of day, after a blank."""
+    """The form of the times of day, after a blank.
+
+    9:05, 21:05            %H:%M
+    9:05 AM, 9:05:07 PM    %I:%M:%S %p
+    """
     some = [str(clock) for clock in clocks.drop_null().slice(0, 1000).to_pylist()]
+    found = [HALF.search(clock) for clock in some]
+    halves = [half.group(1) for half in found if half is not None]
+    hour, half = ("%I", f"{halves[0]}%p") if halves else ("%H", "")
+
     if not any(clock.count(":") == 2 for clock in some):
-        return " %H:%M"
+        return f" {hour}:%M{half}"
     # Python writes a time's fraction where it has one
     has_fraction = any if pa.types.is_time(clocks.type) else all
-    return " %H:%M:%S" + (".%f" if has_fraction("." in clock for clock in some) else "")
+    fraction = ".%f" if has_fraction("." in clock for clock in some) else ""
+    return f" {hour}:%M:%S{fraction}{half}"
 
 
 def _words(option: dict[str, Any]) -> str:
