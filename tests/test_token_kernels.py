@@ -2,7 +2,10 @@
 and its gate.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +134,21 @@ def test_a_table_gradient_is_compact_and_names_rows_with_tokens_alone() -> None:
     for table, rows in zip(tables, touched, strict=True):
         assert table.grad.is_sparse and table.grad._values().shape == table.shape
         assert set(table.grad._indices()[0].tolist()) == rows
+
+
+def test_a_training_warns_of_no_checks_that_it_has_turned_off() -> None:
+    """PyTorch 2.11's own words."""
+    program = (
+        "import warnings, kernels.position_time.triton_launch\n"
+        "warnings.warn('Sparse invariant checks are implicitly disabled. Memory errors')\n"
+        "warnings.warn('Sparse tensors are new')"
+    )
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "invariant" not in done.stderr
+    assert "Sparse tensors are new" in done.stderr, "others are told"
 
 
 def test_only_one_table_may_learn() -> None:

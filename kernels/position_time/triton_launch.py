@@ -1,5 +1,6 @@
 """Launches of the position and time kernels, and their autograd function."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,9 @@ from torch.autograd.function import once_differentiable
 from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.position_time import triton_kernels
 from kernels.position_time.types import Anchor
+
+# PyTorch 2.11 says so once of every process, although the one sparse tensor made here opts out.
+warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
 
 TILE = 2048  # numbers that a program of the forward kernel holds: 16 a thread
 FOUND = 256  # tokens whose keys a program finds

@@ -68,6 +68,7 @@ def live_log_dir(run_dir: Path) -> Path:
 
 
 def live_logs(run_dir: Path) -> list[str]:
+    """Its files, sorted."""
     return sorted(str(file) for file in live_log_dir(run_dir).glob("*.parquet"))
 
 
@@ -77,7 +78,8 @@ def open_logs(source: SourceConfig, run_dir: Path) -> LogFiles:
     Raises:
         UserError: there are no files, or the import has not run.
     """
-    known = [*(column.name for column in source.events.log_columns), ROW_DIGEST]
+    ours = [column.name for column in source.events.log_columns]
+    known = [*ours, ROW_DIGEST]
     if source.kind == "parquet":
         assert source.path is not None, "SourceConfig asks for it"
         found = parquet.find_logs("source.path", source.path, source.format)

@@ -28,18 +28,25 @@ from pipeline.search.trial import FINISHED, objective
 
 COLOURS = "viridis_r"  # dark is good
 SHOWN_DIGITS = 3
+NAMED = 5  # of the curves, the best
 LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
 
 
 def write_search_page(
     folder: Path, title: str, draws: dict[str, Draw], results: Sequence[TrialResult]
 ) -> Path:
-    """search.html, and its two pictures of settings as PNG beside it; the path of the first."""
-    scatter, parallel = draw_scatter(draws, results), draw_parallel(draws, results)
+    """search.html, and its two pictures of settings as PNG beside it; the path of the first.
+
+    Args:
+        results: the best first.
+    """
+    scatter = draw_scatter(draws, results)
+    parallel = draw_parallel(draws, results)
     write_atomically(folder / "scatter.png", png_bytes(scatter))
     write_atomically(folder / "parallel_coordinates.png", png_bytes(parallel))
 
-    best, metric = results[0], html.escape(objective(results[0].trial.cfg.train.best_metric))
+    best = results[0]
+    metric = html.escape(_metric_of(results))
     name = html.escape(title)
     text = f"""{page_head(name)}
 <h1>{name}</h1>
@@ -62,6 +69,11 @@ lies closer together than that is equally good.</p>
     return page
 
 
+def _metric_of(results: Sequence[TrialResult]) -> str:
+    """The metric that all trials of a search are judged by."""
+    return objective(results[0].trial.cfg.train.best_metric)
+
+
 def _trials_table(keys: Sequence[str], results: Sequence[TrialResult], metric: str) -> str:
     codes = [f"<code>{html.escape(key)}</code>" for key in keys]
 
@@ -80,7 +92,7 @@ def draw_scatter(draws: dict[str, Draw], results: Sequence[TrialResult]) -> Figu
     columns = min(3, len(draws))
     rows = math.ceil(len(draws) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
-    metric = objective(results[0].trial.cfg.train.best_metric)
+    metric = _metric_of(results)
     shown = _judged(results)
 
     for place, (key, draw) in enumerate(draws.items(), 1):
@@ -128,6 +140,7 @@ def place_values(draw: Draw, values: Sequence[Any]) -> tuple[list[float], list[s
     if draw.kind != "choices":
         # the preset's own value may be null
         return [math.nan if value is None else float(value) for value in values], None
+
     labels = [str(value) for value in draw.values]
     # the preset's own value need not be a choice
     for value in values:
@@ -163,8 +176,8 @@ def draw_parallel(draws: dict[str, Draw], results: Sequence[TrialResult]) -> Fig
     # and one for the metric
     scaled, low, high = _to_unit([result.value for result in shown], log=False)
     heights.append(scaled)
-    metric = objective(shown[0].trial.cfg.train.best_metric)
-    _draw_axis(axes, len(draws), metric, [(0.0, _short(low, 4)), (1.0, _short(high, 4))])
+    ends = [(0.0, _short(low, 4)), (1.0, _short(high, 4))]
+    _draw_axis(axes, len(draws), _metric_of(shown), ends)
 
     # a line for each trial
     colours = matplotlib.colormaps[COLOURS](np.linspace(1, 0, len(shown)))
@@ -175,10 +188,16 @@ def draw_parallel(draws: dict[str, Draw], results: Sequence[TrialResult]) -> Fig
 
 
 def _to_unit(values: Sequence[float], *, log: bool) -> tuple[np.ndarray, float, float]:
-    """The values between 0 and 1, and the two that lie there."""
+    """The values between 0 and 1, and the two that lie there.
+
+    2, 3, 6             0, 0.25, 1    2 and 6
+    1, 10, 100, log     0, 0.5, 1     1 and 100
+    7, 7                0.5, 0.5      7 and 7
+    """
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if low == high:
         return np.full(len(values), 0.5), low, high
+
     found, ends = np.array(values), np.array([low, high])
     if log and low > 0:
         found, ends = np.log(found), np.log(ends)
@@ -198,15 +217,19 @@ def _short(value: float, digits: int = SHOWN_DIGITS) -> str:
 
 
 def _draw_curves(results: Sequence[TrialResult]) -> Figure:
+    """The metric while the trials trained; the best have a name, those that ended early dots."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.add_subplot()
+
     for number, result in enumerate(results):
-        if result.curve:
-            epochs, values = zip(*result.curve, strict=True)
-            ended = result.status == FINISHED
-            label = result.trial.name if number < 5 else None
-            axes.plot(epochs, values, "-" if ended else ":", marker=".", label=label)
-    axes.set(xlabel="epochs", ylabel=objective(results[0].trial.cfg.train.best_metric))
+        if not result.curve:
+            continue
+        epochs, values = zip(*result.curve, strict=True)
+        line = "-" if result.status == FINISHED else ":"
+        label = result.trial.name if number < NAMED else None
+        axes.plot(epochs, values, line, marker=".", label=label)
+
+    axes.set(xlabel="epochs", ylabel=_metric_of(results))
     if axes.lines:
         axes.legend(title="the best")
     return figure
