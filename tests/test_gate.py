@@ -5,6 +5,7 @@ first. No tracking server.
 import math
 import shutil
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,13 @@ from pipeline.files import folder_digests
 from pipeline.model.artifact import load_model, save_model
 from pipeline.sequences import store
 from pipeline.tracking import PinnedModel, fetch_model
-from pipeline.tracking.gate import ScoredAnew, judge_version
+from pipeline.tracking.gate import (
+    REFIT,
+    ScoredAnew,
+    judge_version,
+    learned_until,
+    row_differences,
+)
 from pipeline.tracking.registry import require_fit
 from serve_app import deployment
 from tests.worlds.tiny import publish_sequences, save_tiny_model, tiny_config
@@ -54,6 +61,28 @@ def test_judgement(new: dict, old: dict | None, promoted: bool, said: str) -> No
     decision = judge_version(GATE, TASKS, version(2, new), champion)
     assert decision.promoted == promoted
     assert said in decision.reason
+
+
+def test_a_refit_has_learned_the_validation_rows_too() -> None:
+    """They may not judge it, nor any before them."""
+    val, test = "2022-05-01T00:00:00+00:00", "2022-05-02T00:00:00+00:00"
+    days = {"split.t_val": val, "split.t_test": test}
+    assert learned_until(version(1, BOTH, **days)) == datetime.fromisoformat(val)
+    assert learned_until(version(2, BOTH, **days, **{REFIT: "true"})) == datetime.fromisoformat(
+        test
+    )
+    assert learned_until(SimpleNamespace(version="3", tags={})) is None, "older code's"
+
+
+def test_a_tag_of_rows_that_older_code_did_not_write_says_nothing() -> None:
+    older, newer = version(1, BOTH), version(2, BOTH)
+    del older.tags["split.t_test"]
+    assert row_differences(newer, older) == row_differences(older, newer) == ""
+    assert judge_version(GATE, TASKS, newer, older).promoted
+
+    other_day = version(3, BOTH, **{"split.t_val": "sunday"})
+    told = row_differences(other_day, older)
+    assert told == "split.t_val monday of the champion, sunday of the challenger"
 
 
 def test_a_task_that_the_rows_do_not_define_is_left_out_and_named() -> None:
