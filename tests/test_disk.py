@@ -58,11 +58,13 @@ def test_a_folder_of_runs_that_is_none_is_a_mistake(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_known_through_what_wraps_it(number: int, tmp_path: Path) -> None:
     error = OSError(number, os.strerror(number), str(tmp_path / "x"))
-    wrapped = RuntimeError(f"a task failed\n  File somewhere\nOSError: {error}\n")
+    # the last line is the error's own, with the path
+    stack = f"a task failed: {os.strerror(number)}\n  File somewhere\nOSError: {error}\n"
+    wrapped = RuntimeError(stack)
     for one in (error, wrapped):
         fault = find_disk_fault(one, tmp_path)
         assert isinstance(fault, Outage)
-        assert os.strerror(number) in str(fault)
+        assert f"{os.strerror(number)}: '{tmp_path / 'x'}'" in str(fault)
         assert "\n" not in str(fault)
 
 
