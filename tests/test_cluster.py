@@ -133,6 +133,23 @@ def test_nobody_finds_half_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert path.read_text() == "a" * 64
 
 
+def test_the_first_of_two_tokens_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first job's cluster has read it."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    path = tmp_path / ".ray-token"
+
+    def come_second(_: int) -> str:
+        path.write_text("b" * 64)
+        return "a" * 64
+
+    monkeypatch.setattr(cluster.secrets, "token_hex", come_second)
+    use_token(tmp_path)
+    assert path.read_text() == "b" * 64
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_authentication_chosen_by_the_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     use_token(tmp_path)
