@@ -22,9 +22,10 @@ from serve_app.load_test import read_timing
 from serve_app.metrics import ReplicaMetrics
 from serve_app.ranking.batching import TokenBatcher
 from serve_app.ranking.lookups import Lookups
+from serve_app.ranking.outage import StoreOutage
 from serve_app.ranking.ranker import Ranker
 from serve_app.ranking.rollout import CHAMPION, Rollout
-from serve_app.schemas import END_OF_TIME, Event, HistoryRow, RankHead
+from serve_app.schemas import END_OF_TIME, Event, HistoryRow, RankHead, StoreDown
 from serve_app.web.api import make_api
 from serve_app.web.rank import HOPS
 from tests.support.patience import PATIENCE_S
@@ -189,6 +190,28 @@ def test_a_store_that_hangs_holds_up_nobody_else(tiny, tmp_path: Path) -> None:
         assert (await rank(of_user)).live_events
 
     asyncio.run(main())
+
+
+def test_the_thread_that_ranks_never_asks_a_store_that_was_left_alone(tiny, tmp_path: Path) -> None:
+    """The pause after a failure may end while a request waits for its pass."""
+    loaded, published = tiny
+    log = Noted(tmp_path / "events.sqlite")
+    history = LiveHistory(published, log, loaded.cfg.sequences, 1000)
+    ranker = Ranker(loaded, history, 1, "tiny", ServeConfig())
+    rollout = Rollout({CHAMPION: ranker}, {CHAMPION: ""}, 0.0, ReplicaMetrics())
+    request = RankColumns(RankHead(user_id=3, request_time_ms=START), np.arange(3), {})
+
+    now_s = 0.0
+    ranker.outage = StoreOutage(lambda: now_s)
+    ranker.outage.begin(0.0, StoreDown("no answer"))
+    received = asyncio.run(Lookups()(rollout.receive(request)))
+    now_s = StoreOutage.SHORTEST_S
+    (answer,) = rollout.answer_jobs([received.prepare()])
+
+    assert isinstance(answer, RankedColumns) and not answer.live_events
+    assert log.num_found == []
+    (answer,) = rollout.answer_jobs([asyncio.run(Lookups()(rollout.receive(request))).prepare()])
+    assert isinstance(answer, RankedColumns) and answer.live_events, "the next one looks it up"
 
 
 def test_a_long_history_holds_up_nobody_else(

@@ -25,6 +25,7 @@ class Lookups:
     async def __call__(self, received: ReceivedRequest) -> ReceivedRequest:
         # no thread where nothing may have to wait: a request with a history of its own
         if not received.must_look_up():
+            received.asks_store = False
             return received
 
         asked = time.monotonic()

@@ -270,10 +270,10 @@ class Ranker:
         """Tell whether `find_history` will ask the event store, which may take its time."""
         return head.history is None and isinstance(self.store, LiveHistory) and self.outage.may_ask
 
-    def find_history(self, head: RankHead) -> FoundHistory:
+    def find_history(self, head: RankHead, *, ask_store: bool = True) -> FoundHistory:
         """The rows that a request brings, else those of its user as of the request's time.
 
-        Without an event store that answers it is what is published of the user.
+        Without an event store that answers, or that is asked, it is what is published of the user.
         """
         if head.history is not None:
             # equal times keep their order
@@ -286,7 +286,7 @@ class Ranker:
         if not isinstance(self.store, LiveHistory):
             return FoundHistory(self.store.sequence(head.user_id), True)
 
-        if self.outage.begin_asking():
+        if ask_store and self.outage.begin_asking():
             started = time.monotonic()
             try:
                 row = self.store.sequence(head.user_id, head.request_time_ms)

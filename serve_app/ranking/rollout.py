@@ -274,6 +274,9 @@ class ReceivedRequest:
     request: RankColumns
     refusal: Refusal | None
     found: FoundHistory | None = None
+    # False: the store was left alone when the request came. By the time that it is prepared the
+    # store may be asked again, but not by the thread that ranks.
+    asks_store: bool = True
 
     @property
     def ranker(self) -> Ranker:
@@ -323,7 +326,8 @@ class ReceivedRequest:
 
         started = time.perf_counter()
         if self.found is None:
-            self.found = self.ranker.find_history(self.request.head)
+            head = self.request.head
+            self.found = self.ranker.find_history(head, ask_store=self.asks_store)
         prepared = self.ranker.prepare_request(self.request, self.found)
         took_s = time.perf_counter() - started
         return RankJob(self.rollout, self.role, self.request, prepared, took_s, self._choose_best())

@@ -39,7 +39,7 @@ class ReceivedList(ReceivedRequest):
         if self.refusal is not None:
             return RankJob(rollout, role, self.request, self.refusal, 0.0)
 
-        prepared = self.recommender.prepare_list(self.wanted, self.found)
+        prepared = self.recommender.prepare_list(self.wanted, self.found, ask_store=self.asks_store)
         if prepared.ranking is None:
             return RankJob(rollout, role, self.request, self._finish(prepared, None), 0.0)
 

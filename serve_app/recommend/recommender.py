@@ -86,7 +86,11 @@ class Recommender:
         return None
 
     def prepare_list(
-        self, request: RecommendRequest, known: FoundHistory | None = None
+        self,
+        request: RecommendRequest,
+        known: FoundHistory | None = None,
+        *,
+        ask_store: bool = True,
     ) -> PreparedList:
         """Retrieve candidates by the history, and look up their features.
 
@@ -96,7 +100,7 @@ class Recommender:
         ranker, stage_s = self.ranker, {}
         started = time.perf_counter()
         if known is None:
-            known = ranker.find_history(head_of(request))
+            known = ranker.find_history(head_of(request), ask_store=ask_store)
         found = ranker.cut_history(head_of(request), known)
         stage_s["history"] = _seconds_since(started)
 
