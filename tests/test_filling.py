@@ -82,7 +82,7 @@ def test_a_bound_of_lengths_lies_where_tiles_change():
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_filled_batch_trains_as_the_batch_itself(name: str, shared: bool):
     """Two steps, so that the optimizers' moments count too: of no table row that only fills."""
-    cfg = small_config(MODELS[name])
+    cfg = small_config(MODELS[name], graph_sizes=16)
     batch = ragged_batch(cfg, shared=shared)
     filled = BatchFiller.of_run(cfg).fill(batch)
     assert filled.num_tokens > batch.num_tokens == filled.own_tokens
@@ -102,6 +102,47 @@ def test_a_filled_batch_trains_as_the_batch_itself(name: str, shared: bool):
         assert isinstance(tensor, Tensor)
         near = 1e-4 * float(tensor.abs().max())
         torch.testing.assert_close(tensors[key], tensor, rtol=1e-4, atol=near, msg=key)
+
+
+def test_a_batch_of_a_size_is_not_filled():
+    """As users with as many events as are read are, whose number is a power of two as a rule."""
+    cfg = small_config({**TRUNCATED, "truncate_to": 8})
+    filler = BatchFiller.of_run(cfg)
+    batch = random_batch(cfg, 64, 64, 3, seed=0)
+    for targets, given in ((3, batch), (0, without_candidates(batch))):
+        filled = filler.fill(given)
+        assert filled.filling is not None
+        kept = 8 + targets + 2 * filler.num_context  # the filling sequence has its context alone
+        assert (filled.num_tokens, filled.filling.kept_tokens) == (64 + targets, kept)
+
+    trainee = make_trainee(cfg)
+    trainee.model.eval()
+    torch.testing.assert_close(trainee.model(filler.fill(batch)), trainee.model(batch))
+
+
+def without_candidates(batch: SequenceBatch) -> SequenceBatch:
+    """One user's history alone."""
+    end = int(batch.seq_offsets[-1] - batch.num_targets[0])
+    names = ("item_codes", "request_codes", "action_mask", "known_mask", "position", "gap_ms")
+    columns = {name: getattr(batch, name)[:end] for name in names}
+    return replace(
+        batch,
+        **columns,
+        seq_offsets=torch.tensor([0, end]),
+        num_targets=torch.zeros_like(batch.num_targets),
+        labels=None,
+        label_weight=None,
+    )
+
+
+def test_few_candidates_of_long_histories_are_not_filled_up_to_many():
+    """They pass the layers behind truncation, which have little else."""
+    filler = BatchFiller(num_context=1, keep_events=1024, sizes=64)
+    targets = torch.full((4,), 16)
+    filling, _ = filler.next_sizes(16_384 + targets, targets)
+    assert filling.num_targets == 64 and filling.num_sequences == 8
+    own = 4 * (1024 + 16) + filling.num_sequences
+    assert own <= filling.kept_tokens < 1.05 * own
 
 
 def seen_by_layers(trainee: Trainee, batch: SequenceBatch) -> list[tuple]:

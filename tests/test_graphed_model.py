@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.batches.filling import BatchFiller
 from pipeline.batches.graphs import BatchGraphs, record_graph
 from pipeline.config import DenseFeature
 from pipeline.model.inference.cached_scoring import HistoryCache, encode_history
@@ -149,6 +150,26 @@ def test_a_graphed_model_goes_when_nobody_holds_it() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("num_context", [0, 2])
+@pytest.mark.parametrize("keep_events", [None, 12, 64])
+def test_every_length_has_the_size_of_one_that_a_server_records(
+    num_context: int, keep_events: int | None
+) -> None:
+    """The longest too, which all users have that have as many events as are read."""
+    graphed = GraphedModel(make_model(CONFIGS["plain"]), CONFIGS["plain"])
+    graphed.filler = BatchFiller(num_context, keep_events, sizes=2)
+    none = torch.zeros(1, dtype=torch.int64)
+
+    def sizes_of(length: int) -> object:
+        return graphed.filler.next_sizes(torch.tensor([length]), none)[0].sizes
+
+    for longest in (1, 7, 64, 100, 128):
+        lengths = graphed.lengths_of_sizes(longest)
+        recorded = {sizes_of(length) for length in lengths}
+        assert recorded == {sizes_of(length) for length in range(1, longest + 1)}
+        assert lengths[-1] == longest and len(recorded) >= len(lengths) - 1
 
 
 def test_a_model_whose_sizes_are_the_batchs_own_is_not_recorded() -> None:

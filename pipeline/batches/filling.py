@@ -4,10 +4,10 @@ graph (`pipeline/train/graphs.py`) has fixed sizes.
     sequences    a a a a x | b b x        8 tokens, 2 candidates
     filled       a a a a x | b b x | x x x x x y | |        tokens 14, candidates 4, sequences 5
 
-One sequence more takes all tokens and candidates that are missing, and empty ones the rest. They
-repeat the last row of each column, so that they touch no row of an embedding table that the batch
-does not, and their labels weigh nothing: losses and gradients are those of the batch itself, but
-for the order in which sums are added.
+One sequence more takes all tokens and candidates that are missing, if any are, and empty ones the
+rest. They repeat the last row of each column, so that they touch no row of an embedding table that
+the batch does not, and their labels weigh nothing: losses and gradients are those of the batch
+itself, but for the order in which sums are added.
 
 Few sizes come of few numbers that differ. What costs time in proportion, tokens and those that
 truncation keeps, goes up to a size near by; candidates and sequences, which cost little, to a
@@ -25,7 +25,8 @@ from pipeline.config import RunConfig
 
 # For so many sizes of all tokens one of those that truncation keeps, a small part of the work.
 KEPT_SIZES = 4
-# For each candidate, and for each sequence, that may be added: so many tokens of a batch.
+# For each candidate, and for each sequence, that may be added: so many tokens of a batch, of those
+# that truncation keeps.
 TARGET_SHARE, SEQUENCE_SHARE = 256, 1024
 # Bounds of the longest sequence: where the attention kernels' tiles change, and far above.
 SHORT_SEQUENCE, BOUNDS_APART = 1024, 8
@@ -70,39 +71,39 @@ class BatchFiller:
         `lengths`, `targets` and `span`, int [B]: the tokens of each sequence, its candidates among
         them, and the history tokens that its first request does not see.
         """
-        own_tokens, own_targets, own_sequences = (
-            int(lengths.sum()),
-            int(targets.sum()),
-            len(targets),
-        )
-        scale = power_of_two(own_tokens)
+        own_tokens, own_targets = int(lengths.sum()), int(targets.sum())
+        own_sequences, num_context = len(targets), self.num_context
+        kept, own_kept = None, own_tokens
+        if self.keep_events is not None:
+            kept = self.kept_lengths(lengths, targets, span)
+            own_kept = int(kept.sum()) - num_context * own_sequences
+
+        # what is added passes the later layers too, which may have few tokens
+        scale = power_of_two(own_kept)
         num_sequences = next_multiple(own_sequences + 1, scale // SEQUENCE_SHARE)
         num_targets = next_multiple(own_targets, scale // TARGET_SHARE)
         more_targets = num_targets - own_targets
 
-        # rows of the filling sequence: one event before its candidates at least
-        fewest, its_span, kept_tokens, longest_kept = more_targets + 1, 0, 0, 0
-        if self.keep_events is not None:
-            kept = self.kept_lengths(lengths, targets, span)
-            empty = self.num_context * (num_sequences - own_sequences - 1)
-            own_kept = int(kept.sum()) + empty
-            least = self.num_context + fewest
-            kept_tokens = next_size(own_kept + least, max(self.sizes // KEPT_SIZES, 1))
+        # rows of the filling sequence: none, or one event at least before its candidates
+        fewest = more_targets + 1 if more_targets else 0
+        its_span, kept_tokens, longest_kept = 0, 0, 0
+        if self.keep_events is not None and kept is not None:
+            num_kept = next_size(own_kept + fewest, max(self.sizes // KEPT_SIZES, 1))
+            kept_tokens = num_kept + num_context * num_sequences
 
             # It keeps what is missing: its span makes up for it, below 0 where that is little.
-            its_kept = kept_tokens - own_kept
-            fewest = its_kept - self.num_context
+            fewest = num_kept - own_kept
             its_span = fewest - more_targets - self.keep_events
-            longest_kept = max(int(kept.max()), its_kept)
+            longest_kept = max(int(kept.max()), num_context + fewest)
 
         num_tokens = next_size(own_tokens + fewest, self.sizes)
-        longest = self.num_context + max(int(lengths.max()), num_tokens - own_tokens)
+        longest = num_context + max(int(lengths.max()), num_tokens - own_tokens)
         filling = Filling(
             own_tokens=own_tokens,
             num_tokens=num_tokens,
             num_targets=num_targets,
             num_sequences=num_sequences,
-            max_seq_len=length_bound(longest) - self.num_context,
+            max_seq_len=length_bound(longest) - num_context,
             kept_tokens=kept_tokens,
             kept_seq_len=length_bound(longest_kept),
         )

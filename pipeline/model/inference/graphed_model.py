@@ -7,6 +7,7 @@ For candidates of an encoded history see `cuda_graph.py`.
 """
 
 import threading
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -130,16 +131,24 @@ class GraphedModel:
         return truncates is not None and depth >= truncates
 
     def lengths_of_sizes(self, longest: int) -> list[int]:
-        """A length for each size that one history of up to `longest` events is filled up to."""
-        found: dict[Filling, int] = {}
+        """The shortest history of each size that one of up to `longest` events is filled up to, and
+        the longest.
+        """
         none = torch.zeros(1, dtype=torch.int64)
+
+        def sizes_of(length: int) -> Filling:
+            filling, _ = self.filler.next_sizes(torch.tensor([length]), none)
+            return filling.sizes
+
+        found: list[int] = []
         length = 1
         while length <= longest:
-            filling, _ = self.filler.next_sizes(torch.tensor([length]), none)
-            found.setdefault(filling.sizes, length)
-            # finer than the sizes
-            length += max(length // 16, 1)
-        return list(found.values())
+            found.append(length)
+            sizes = sizes_of(length)  # no number in it falls as histories grow
+            longer = range(length, longest + 1)
+            length += bisect_left(longer, True, key=lambda one: sizes_of(one) != sizes)
+        # what each layer keeps of it may need another room than what shorter ones do
+        return found if found[-1] == longest else [*found, longest]
 
     def fill(self, batch: SequenceBatch) -> SequenceBatch:
         """The batch, from the CPU, filled up to one of few sizes and on the device."""
