@@ -69,7 +69,7 @@ def make_trainee(cfg: RunConfig) -> Trainee:
 def test_sizes_are_evenly_spaced_in_an_octave():
     assert [next_size(count, 4) for count in (1, 7, 8, 9, 13, 17, 33)] == [1, 7, 8, 10, 14, 20, 40]
     assert next_size(196_800, 64) == 198_656
-    assert [next_multiple(count, 64) for count in (1, 64, 65)] == [64, 64, 128]
+    assert [next_multiple(count, 64) for count in (0, 1, 5, 64, 65)] == [0, 1, 8, 64, 128]
     assert next_multiple(5, 0) == 5
 
 

@@ -25,8 +25,8 @@ from pipeline.config import RunConfig
 
 # For so many sizes of all tokens one of those that truncation keeps, a small part of the work.
 KEPT_SIZES = 4
-# For each candidate, and for each sequence, that may be added: so many tokens of a batch, of those
-# that truncation keeps.
+# For each candidate, and for each sequence, that may be added: so many tokens of a batch. Of few as
+# many again at most: they pass the layers behind truncation too, which may have little else.
 TARGET_SHARE, SEQUENCE_SHARE = 256, 1024
 # Bounds of the longest sequence: where the attention kernels' tiles change, and far above.
 SHORT_SEQUENCE, BOUNDS_APART = 1024, 8
@@ -73,13 +73,7 @@ class BatchFiller:
         """
         own_tokens, own_targets = int(lengths.sum()), int(targets.sum())
         own_sequences, num_context = len(targets), self.num_context
-        kept, own_kept = None, own_tokens
-        if self.keep_events is not None:
-            kept = self.kept_lengths(lengths, targets, span)
-            own_kept = int(kept.sum()) - num_context * own_sequences
-
-        # what is added passes the later layers too, which may have few tokens
-        scale = power_of_two(own_kept)
+        scale = power_of_two(own_tokens)
         num_sequences = next_multiple(own_sequences + 1, scale // SEQUENCE_SHARE)
         num_targets = next_multiple(own_targets, scale // TARGET_SHARE)
         more_targets = num_targets - own_targets
@@ -87,7 +81,9 @@ class BatchFiller:
         # rows of the filling sequence: none, or one event at least before its candidates
         fewest = more_targets + 1 if more_targets else 0
         its_span, kept_tokens, longest_kept = 0, 0, 0
-        if self.keep_events is not None and kept is not None:
+        if self.keep_events is not None:
+            kept = self.kept_lengths(lengths, targets, span)
+            own_kept = int(kept.sum()) - num_context * own_sequences
             num_kept = next_size(own_kept + fewest, max(self.sizes // KEPT_SIZES, 1))
             kept_tokens = num_kept + num_context * num_sequences
 
@@ -128,7 +124,12 @@ def next_size(count: int, sizes: int) -> int:
 
 
 def next_multiple(count: int, step: int) -> int:
-    """The smallest multiple of `step` from `count` on; of a step of 0 `count` itself."""
+    """The smallest multiple of `step` from `count` on, or power of two where that is less; of a
+    step of 0 `count` itself.
+
+    With a step of 64: 1 2 4 8 16 32 64 128 192 …
+    """
+    step = min(step, power_of_two(count))
     return -(-count // step) * step if step > 0 else count
 
 
