@@ -118,7 +118,8 @@ def replay(period: PastPeriod, serve: ServeConfig, url: str, model_dir: Path) ->
             answer, took_ms = post_body(client, "/v1/rank", past.body)
             elapsed_ms.append(took_ms)
             served = np.array([answer["scores"][task] for task in loaded.cfg.tasks]).T
-            worst = max(worst, float(np.abs(served - past.scores).max()))
+            difference = np.abs(served - past.scores).max()
+            worst = float(np.maximum(worst, difference))  # keeps a NaN
 
     p50, p99 = np.percentile(elapsed_ms, [50, 99])
     return Report(len(requests), worst, float(p50), float(p99))

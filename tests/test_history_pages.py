@@ -264,3 +264,20 @@ def test_a_copy_that_fails_gives_its_pages_back(monkeypatch: pytest.MonkeyPatch)
 
     caches.keep_entry(b"first", random_history([30]))
     assert caches.num_entries == 1
+
+
+def test_what_is_kept_while_its_model_goes_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update takes a version away in the middle of a pass: nobody would find the entry again."""
+    caches = HistoryCaches(CacheBudget(resident_bytes(2, 1)))
+    pages = caches.budget.pages
+    write = pages.write
+
+    def write_late(history: PagedHistory, entry: HistoryCache) -> None:
+        caches.close()
+        write(history, entry)
+
+    monkeypatch.setattr(pages, "write", write_late)
+    caches.keep_entry(b"first", random_history([30]))
+    assert not caches.budget.entries
+    assert caches.num_bytes == caches.budget.num_bytes == 0
+    assert pages.num_free == 2

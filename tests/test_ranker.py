@@ -246,7 +246,7 @@ def fresh(world: tuple[Ranker, UserEvents]) -> Iterator[Ranker]:
     ranker.limits, ranker.caches = limits, caches
 
 
-def ask(user_id: int, **changes: object) -> RankRequest:
+def ask(user_id: int | None, **changes: object) -> RankRequest:
     fields = {
         "user_id": user_id,
         "request_time_ms": NOW,
@@ -336,6 +336,41 @@ def test_of_a_long_history_the_newest_entry_alone_is_kept(fresh: Ranker, long_hi
     before = hits_and_misses(fresh)
     as_array(fresh, [*others, ask(2, history=rows[1:])])
     assert hits_and_misses(fresh) == (before[0] + 3, before[1])
+
+
+def test_a_history_that_only_begins_like_another_is_not_appended_to_it(fresh: Ranker) -> None:
+    rows = [{"item_id": i, "event_time": NOW - 9000 + i} for i in range(6)]
+    changed = [*rows[:2], {**rows[2], "item_id": 9}, *rows[3:]]
+    as_array(fresh, [ask(2, history=rows[:4])])
+    scores = as_array(fresh, [ask(2, history=changed)])
+    assert fresh.cache_stats()["history_cache_appends"] == 0
+    fresh.caches = HistoryCaches(CacheBudget.of_mb(fresh.limits.cache_mb))
+    np.testing.assert_allclose(as_array(fresh, [ask(2, history=changed)]), scores, atol=1e-6)
+
+
+def test_a_long_history_whose_entry_was_thrown_out_takes_nobodys_place(fresh: Ranker) -> None:
+    fresh.limits = replace(fresh.limits, long_history=10)
+    rows = [{"item_id": i % 7, "event_time": NOW - 9000 + 10 * i} for i in range(40)]
+    as_array(fresh, [ask(2, history=rows[:20])])
+    budget = fresh.caches.budget
+    room, budget.max_bytes = budget.max_bytes, budget.num_bytes
+    as_array(fresh, [ask(4)])
+    assert fresh.cache_stats()["history_cache_evictions"] == 1
+
+    budget.max_bytes = room
+    as_array(fresh, [ask(2, history=rows[:21])])
+    stats = fresh.cache_stats()
+    assert (stats["history_cache_entries"], stats["history_cache_appends"]) == (2, 0)
+
+
+def test_long_histories_of_nobody_known_do_not_take_each_others_place(fresh: Ranker) -> None:
+    fresh.limits = replace(fresh.limits, long_history=10)
+    rows = [{"item_id": i % 7, "event_time": NOW - 9000 + 10 * i} for i in range(40)]
+    requests = [ask(None, history=rows[b : b + 20], first_position=b) for b in (0, 20)]
+    for _ in range(2):
+        as_array(fresh, requests)
+    stats = fresh.cache_stats()
+    assert (stats["history_cache_hits"], stats["history_cache_entries"]) == (2, 2)
 
 
 def test_a_long_history_that_loses_its_oldest_rows_is_not_encoded_whole(fresh: Ranker) -> None:

@@ -74,9 +74,11 @@ def test_histories_that_graphs_read_are_not_kept_beside_others(world) -> None:
     folder, limits = Path(wanted["serving"]), rollout.read_limits(wanted["limits"])
     assert rollout._find_shared(limits, folder, first) is first.shared
 
+    # on a GPU already, without graphs
+    first.shared = launched = rollout._find_shared(replace(limits, use_gpu=True), folder, first)
     graphed = rollout._find_shared(replace(limits, use_gpu=True, cuda_graphs=True), folder, first)
-    assert graphed.budget is not first.shared.budget
-    assert graphed.budget.pages.for_rooms and not first.shared.budget.pages.for_rooms
+    assert graphed.budget is not launched.budget
+    assert graphed.budget.pages.for_rooms and not launched.budget.pages.for_rooms
 
 
 def asking(user: int | None, **values: object) -> RankColumns:
@@ -190,6 +192,28 @@ def test_a_shadow_that_fails_or_lags_harms_nobody(world, monkeypatch: pytest.Mon
         lambda: sample(exposition_text(counts.registry).decode(), "ranking_shadow_failed_total"),
         8 - dropped,
     )
+    shadowed.close()
+
+
+def test_a_shadow_whose_scores_are_no_numbers_has_failed(
+    world, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = ReplicaMetrics()
+    shadowed = loaded(world, shadow=2, counts=counts)
+    shadow = shadowed.rankers[SHADOW]
+    score = shadow.score_requests
+
+    def score_broken(prepared: list) -> list[RankedColumns]:
+        answers = score(prepared)
+        answers[1].scores["is_like"][0] = np.nan
+        return answers
+
+    monkeypatch.setattr(shadow, "score_requests", score_broken)
+    shadowed.rank([asking(user) for user in range(4)])
+    text = lambda: exposition_text(counts.registry).decode()
+    finished(lambda: sample(text(), "ranking_shadow_failed_total"), 1)
+    finished(lambda: sample(text(), "ranking_shadow_score_change_count"), 3)
+    assert sample(text(), "ranking_shadow_score_change_sum", version="3") > 0
     shadowed.close()
 
 

@@ -12,6 +12,7 @@ It costs the memory of each version, and the shadow's share of the processor.
 import hashlib
 import json
 import logging
+import math
 import queue
 import sqlite3
 import threading
@@ -231,7 +232,7 @@ class Rollout:
 
     def _compare(self, copies: Copies) -> None:
         """Rank copies with the shadow, and count how far its scores are from those that were
-        sent.
+        sent; those that are no numbers are failures.
         """
         shadow = self.rankers[SHADOW]
         jobs: list[RankJob] = []
@@ -248,18 +249,24 @@ class Rollout:
 
         version = str(shadow.version)
         for ours, theirs in zip(sent, self._score_timed(SHADOW, jobs), strict=True):
+            change = _largest_change(ours, theirs)
+            if math.isnan(change):  # a histogram counts none, and its sum would be undefined
+                self.metrics.shadow.failed.inc()
+                continue
             same_best = ours.order[0] == theirs.order[0]
-            self.metrics.shadow.change.labels(version).observe(_largest_change(ours, theirs))
+            self.metrics.shadow.change.labels(version).observe(change)
             self.metrics.shadow.same_best.labels(version).inc(same_best)
 
 
 def _largest_change(one: RankedColumns, other: RankedColumns) -> float:
-    """The largest difference of a score over all candidates and the tasks that both have."""
+    """The largest difference of a score over all candidates and the tasks that both have; NaN where
+    a score is.
+    """
     changes = []
     for task, scores in one.scores.items():
         if task in other.scores:
             changes.append(np.abs(np.subtract(scores, other.scores[task])).max())
-    return max(changes, default=0.0)
+    return float(np.max(changes, initial=0.0))
 
 
 @dataclass(slots=True)

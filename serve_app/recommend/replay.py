@@ -63,7 +63,7 @@ def replay_lists(period: PastPeriod, serve: ServeConfig, url: str, model_dir: Pa
             answer, took_ms = post_body(client, PATH, body)
             elapsed_ms.append(took_ms)
             num_equal += served_items(answer) == expected.item_id.tolist()
-            worst = max(worst, score_difference(answer, expected))
+            worst = float(np.maximum(worst, score_difference(answer, expected)))  # keeps a NaN
 
     p50, p99 = np.percentile(elapsed_ms, [50, 99])
     return ListReport(len(lists), num_equal, worst, float(p50), float(p99))
