@@ -7,11 +7,15 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from fastapi import FastAPI
 
 from pipeline.batches.examples import user_events
 from pipeline.index.histories import history_before
 from serve_app.columns import MEDIA_TYPE, RankColumns
+from serve_app.ranking.ranker import CutHistory
+from serve_app.ranking.rollout import CHAMPION
+from serve_app.recommend import recommender
 from serve_app.schemas import RankRequest
 from serve_app.web.api import make_api
 from serve_app.web.settings import ApiLimits
@@ -124,6 +128,24 @@ def test_the_same_request_gets_the_same_list(ask):
     for answer in (one, two):
         del answer["took_ms"], answer["request_id"]
     assert one == two
+
+
+def test_the_vector_that_was_not_asked_for_longest_goes(
+    served: Served, ask, monkeypatch: pytest.MonkeyPatch
+):
+    own = served.rollout.recommenders[CHAMPION]
+    encode, encoded = own._encode_user, []
+
+    def note_and_encode(found: CutHistory) -> torch.Tensor:
+        encoded.append(found.user_id)
+        return encode(found)
+
+    own._vectors.clear()
+    monkeypatch.setattr(recommender, "VECTORS_KEPT", 2)
+    monkeypatch.setattr(own, "_encode_user", note_and_encode)
+    for user in (2, 4, 2, 6, 2, 4):
+        ask(user_id=user)
+    assert encoded == [2, 4, 6, 4]
 
 
 def test_a_history_that_comes_along(served: Served, ask):
