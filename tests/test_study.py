@@ -334,6 +334,21 @@ def test_a_report_says_what_the_points_were(
     assert "predicted ultra/6 by power: NE " in console_table(figures)
 
 
+def test_the_page_says_in_one_line_why_there_is_no_ratio_and_no_law(
+    studied: tuple[RunConfig, StudyPlan, list[Point]], tmp_path: Path
+) -> None:
+    base, plan, _ = studied
+    figures = study_figures(base, plan, {}) | {"laws": [], "predictions": {}}
+    for high, why in ((-1.0, "hstu itself gets worse with more"), (1.0, "hstu's own gain is not")):
+        slope = {"value": -2.0, "low": -3.0, "high": high}
+        slopes = {"ultra": {"slope": slope, "ratio": None}, "hstu": {"slope": slope, "ratio": None}}
+        page = write_study(tmp_path, figures | {"slopes": dict.fromkeys(COSTS, slopes)}).read_text()
+        assert page.count("No ratio of gains") == 2, "for training and for inference"
+        assert page.count(why) == 2
+    assert page.count("data:image/png;base64,") == 2
+    assert "No law and no prediction" in page
+
+
 def test_what_new_figures_lack_is_that_of_the_run_before(
     studied: tuple[RunConfig, StudyPlan, list[Point]],
 ) -> None:
@@ -368,8 +383,8 @@ def test_a_crossed_study_says_what_the_next_step_would_give() -> None:
     figures = {"encoders": ["ultra"], "sizes": ["d4", "d8"], "lengths": [2, 6], "points": points}
     figures |= {"laws": [law], "data": {"less": {}}}
     assert next_lines(figures) == [
-        "ultra: at 2 rows twice the training FLOP in a larger model would give 0.0100 of NE; "
-        "6 rows in the place of 2 gave d4 0.1000."
+        "ultra: at 2 rows twice the training FLOP in a larger model would lower the NE by 0.0100; "
+        "6 rows in the place of 2 lowered the NE of d4 by 0.1000."
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pipeline.evaluate.page_parts import (
     embedded_picture,
@@ -27,15 +28,14 @@ PAPER = {"train_gflop": 5.3, "infer_gflop": 21.4}  # ULTRA-HSTU, arXiv:2602.1698
 MARKERS = "ov^sDP*X"
 WANTED_SIZES, WANTED_DECADES = 5, 2.5
 NEARLY = 0.005  # of AUC, below the best
+WORTH_SAYING = 1.1  # times the FLOP of the cheaper point
 
 
 def write_study(folder: Path, figures: Figures) -> Path:
     """study.html, figures.json, and its pictures as PNG beside it; the path of the first."""
-    pictures = {
-        "slopes": draw_slopes(figures),
-        "laws": draw_laws(figures),
-        "fronts": draw_fronts(figures),
-    }
+    pictures = {"slopes": draw_slopes(figures), "fronts": draw_fronts(figures)}
+    if figures["laws"]:
+        pictures["laws"] = draw_laws(figures)
     for name, picture in pictures.items():
         write_atomically(folder / f"{name}.png", png_bytes(picture))
     write_atomically(folder / "figures.json", json_text(figures))
@@ -56,17 +56,14 @@ Intervals hold 95 % of {figures["samples"]} draws of users{_seed_words(figures)}
 {_advice(figures)}
 <h2>Gain for FLOP, as the paper has it</h2>
 <p>Sizes and lengths grow together, a step a length ({_ladder_words(figures)}). The slope of NE gain
-over analytic GFLOP per item is the scaling efficiency; it is no speed-up. The second row is the
-same against measured time, which another machine or a busy one changes.</p>
+over analytic GFLOP per item is the scaling efficiency; it is no speed-up. A slope below 0: more
+cost, and a worse NE. The paper's ratios, ULTRA-HSTU over the interleaved HSTU on its own data:
+{PAPER["train_gflop"]} in training, {PAPER["infer_gflop"]} in inference. The second row is the same
+against measured time, which another machine or a busy one changes.</p>
 {embedded_picture(pictures["slopes"], "NE gain against cost, by encoder")}
 {_slope_table(figures)}
 <h2>What a larger model gives</h2>
-<p>NE over training GFLOP per item, all sizes of an encoder at one length; a + b ln C dotted,
-a + b C<sup>-c</sup> drawn. The star is the largest size as it was measured, the circle as the
-smaller ones had predicted it before it was run.</p>
-{embedded_picture(pictures["laws"], "NE against training FLOP, with laws")}
-{_prediction_table(figures)}
-{_law_table(figures)}
+{_laws_part(figures, pictures.get("laws"))}
 <h2>What more data gives</h2>
 {_data_part(figures)}
 <h2>Quality against cost</h2>
@@ -113,7 +110,7 @@ def _best_lines(figures: Figures) -> list[str]:
     points = _whole_points(figures)
     best = max(points, key=lambda point: point["auc"])
     near = [point for point in points if point["auc"] >= best["auc"] - NEARLY]
-    cheapest = min(near, key=lambda point: point["infer_gflop"])
+    cheapest = min(near, key=lambda point: (point["infer_gflop"], -point["auc"]))
 
     line = f"Best: {_point_words(best)}, AUC {best['auc']:.4f}"
     reached = share_reached(figures, best)
@@ -121,8 +118,8 @@ def _best_lines(figures: Figures) -> list[str]:
         line += f", {reached:.0%} of what is reachable"
 
     lines = [line + "."]
-    if cheapest is not best:
-        saved = best["infer_gflop"] / cheapest["infer_gflop"]
+    saved = best["infer_gflop"] / cheapest["infer_gflop"]
+    if saved >= WORTH_SAYING:
         lines.append(
             f"Within .005 of it at {saved:.1f} times less inference FLOP: {_point_words(cheapest)},"
             f" AUC {cheapest['auc']:.4f}."
@@ -131,22 +128,25 @@ def _best_lines(figures: Figures) -> list[str]:
 
 
 def _ratio_lines(figures: Figures) -> list[str]:
+    """Each encoder's slope over the baseline's; one line for all where there is no ratio."""
     lines = []
-    for cost, paper in PAPER.items():
-        for encoder, entry in figures["slopes"][cost].items():
-            if encoder == figures["baseline"]:
-                continue
-
-            what = f"{html.escape(encoder)} over {html.escape(figures['baseline'])}, {COSTS[cost]}"
-            if entry["ratio"] is None:
+    baseline = figures["baseline"]
+    for cost in PAPER:
+        slopes = figures["slopes"][cost]
+        has_ratio = False
+        for encoder, entry in slopes.items():
+            if entry["ratio"] is not None:
+                has_ratio = True
                 lines.append(
-                    f"{what}: no ratio, the baseline's own slope is not told apart from 0."
+                    f"{html.escape(encoder)} over {html.escape(baseline)}, {COSTS[cost]}: "
+                    f"{interval_text(entry['ratio'], '.1f')} times the NE gain for a GFLOP."
                 )
-                continue
-            lines.append(
-                f"{what}: {interval_text(entry['ratio'], '.1f')} times the NE gain for a GFLOP "
-                f"(paper: {paper} on its own data)."
-            )
+        if baseline in slopes and len(slopes) > 1 and not has_ratio:
+            slope = slopes[baseline]["slope"]
+            falls = slope["high"] is not None and slope["high"] < 0
+            why = "gets worse with more of them" if falls else "gain is not told apart from 0"
+            own = f"{html.escape(baseline)} itself" if falls else f"{html.escape(baseline)}'s own"
+            lines.append(f"No ratio of gains for {COSTS[cost]}: {own} {why}.")
     return lines
 
 
@@ -166,8 +166,8 @@ def _next_parts(figures: Figures, encoder: str) -> list[str]:
         if law["encoder"] == encoder:
             gain = interval_text(law["power"]["gain_of_doubling"], ".4f")
             parts.append(
-                f"at {law['length']} rows twice the training FLOP in a larger model would give "
-                f"{gain} of NE"
+                f"at {law['length']} rows twice the training FLOP in a larger model would lower "
+                f"the NE by {gain}"
             )
 
     longer = _gain_of_length(figures, encoder)
@@ -175,12 +175,15 @@ def _next_parts(figures: Figures, encoder: str) -> list[str]:
         size, gain = longer
         shorter, longest = figures["lengths"][-2:]
         name = html.escape(size)
-        parts.append(f"{longest} rows in the place of {shorter} gave {name} {gain:.4f}")
+        change = "lowered" if gain >= 0 else "raised"
+        parts.append(
+            f"{longest} rows in the place of {shorter} {change} the NE of {name} by {abs(gain):.4f}"
+        )
 
     less = figures["data"]["less"].get(encoder)
     if less is not None:
         lost = interval_text(less["lost"], ".4f")
-        parts.append(f"{less['share']:.0%} of the data costs {lost}")
+        parts.append(f"training on {less['share']:.0%} of the data raises it by {lost}")
     return parts
 
 
@@ -217,6 +220,22 @@ def _whole_points(figures: Figures) -> list[Figures]:
     return [point for point in figures["points"] if point["data_share"] == 1.0]
 
 
+def _laws_part(figures: Figures, picture: Figure | None) -> str:
+    """The laws with their picture; where there is none, what they would take."""
+    if picture is None:
+        return (
+            "<p>No law and no prediction: they take four and five sizes of an encoder at one "
+            "length.</p>"
+        )
+    words = (
+        "<p>NE over training GFLOP per item, all sizes of an encoder at one length; a + b ln C "
+        "dotted, a + b C<sup>-c</sup> drawn. The star is the largest size as it was measured, the "
+        "circle as the smaller ones had predicted it before it was run.</p>"
+    )
+    shown = embedded_picture(picture, "NE against training FLOP, with laws")
+    return words + shown + _prediction_table(figures) + _law_table(figures)
+
+
 # Tables
 
 
@@ -224,19 +243,16 @@ def _slope_table(figures: Figures) -> str:
     rows = []
     for cost, words in COSTS.items():
         for encoder, entry in figures["slopes"][cost].items():
-            paper = PAPER.get(cost)
             is_base = encoder == figures["baseline"]
-
             rows.append(
                 [
                     words,
                     html.escape(encoder),
                     interval_text(entry["slope"], ".3g"),
                     "1" if is_base else interval_text(entry["ratio"], ".2f"),
-                    "" if is_base or paper is None else f"{paper}",
                 ]
             )
-    head = ["", "encoder", "NE gain per unit", f"over {html.escape(figures['baseline'])}", "paper"]
+    head = ["", "encoder", "NE gain per unit", f"over {html.escape(figures['baseline'])}"]
     return html_table(head, rows)
 
 
@@ -282,9 +298,6 @@ def _law_table(figures: Figures) -> str:
         )
         if law["sizes"] < WANTED_SIZES or law["decades"] < WANTED_DECADES:
             short.append(f"{html.escape(law['encoder'])}/{law['length']}")
-    if not rows:
-        return "<p>No law: that takes four sizes of an encoder at one length.</p>"
-
     note = ""
     if short:
         note = (
@@ -422,7 +435,8 @@ def draw_laws(figures: Figures) -> Figure:
             if not with_laws or (encoder, length) in with_laws:
                 _draw_law(axes, figures, encoder, length, f"C{number}", marker)
 
-        axes.set(xscale="log", xlabel=COSTS["train_gflop"], ylabel="NE", title=f"{length} rows")
+        axes.set(xlabel=COSTS["train_gflop"], ylabel="NE", title=f"{length} rows")
+        _use_log_scale(axes)
         if place == 1 and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     return figure
@@ -488,10 +502,21 @@ def draw_fronts(figures: Figures) -> Figure:
 
         if figures["reachable"] is not None:
             axes.axhline(figures["reachable"]["all"]["auc"], linestyle=":", color="black")
-        axes.set(xscale="log", xlabel=words, ylabel="AUC")
+        axes.set(xlabel=words, ylabel="AUC")
+        _use_log_scale(axes)
         if place == 1:
             axes.legend(fontsize=8)
     return figure
+
+
+def _use_log_scale(axes: Axes) -> None:
+    """Costs on a logarithmic scale, with few enough numbers that none lies over another."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    steps = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:.3g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _columns(points: Sequence[Figures], cost: str) -> tuple[np.ndarray, np.ndarray]:
