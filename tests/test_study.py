@@ -387,6 +387,15 @@ def test_a_crossed_study_says_what_the_next_step_would_give() -> None:
         "6 rows in the place of 2 lowered the NE of d4 by 0.1000."
     ]
 
+    # a length before the last two is the best
+    short = {"encoder": "ultra", "size": "d4", "length": 1, "data_share": 1.0}
+    points.append(short | {"ne": {"value": 0.7}})
+    figures |= {"lengths": [1, 2, 6], "laws": []}
+    assert next_lines(figures) == [
+        "ultra: 6 rows in the place of 2 lowered the NE of d4 by 0.1000; of its lengths 1 rows "
+        "have the lowest NE."
+    ]
+
 
 def test_the_picture_of_laws_has_the_lengths_that_have_one(
     studied: tuple[RunConfig, StudyPlan, list[Point]],

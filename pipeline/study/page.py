@@ -179,6 +179,10 @@ def _next_parts(figures: Figures, encoder: str) -> list[str]:
         parts.append(
             f"{longest} rows in the place of {shorter} {change} the NE of {name} by {abs(gain):.4f}"
         )
+        by_length = _by_length(figures, encoder, size)
+        best = min(by_length, key=lambda length: by_length[length])
+        if len(by_length) > 2 and best != longest:
+            parts.append(f"of its lengths {best} rows have the lowest NE")
 
     less = figures["data"]["less"].get(encoder)
     if less is not None:
@@ -192,13 +196,21 @@ def _gain_of_length(figures: Figures, encoder: str) -> tuple[str, float] | None:
     if len(figures["lengths"]) < 2:
         return None
 
-    points = {_key(point): point["ne"]["value"] for point in _whole_points(figures)}
     shorter, longest = figures["lengths"][-2:]
     for size in reversed(figures["sizes"]):
-        before, after = points.get((encoder, size, shorter)), points.get((encoder, size, longest))
-        if before is not None and after is not None:
-            return size, before - after
+        by_length = _by_length(figures, encoder, size)
+        if shorter in by_length and longest in by_length:
+            return size, by_length[shorter] - by_length[longest]
     return None
+
+
+def _by_length(figures: Figures, encoder: str, size: str) -> dict[int, float]:
+    """NE of an encoder of one size at each length that it has."""
+    found = {}
+    for point in _whole_points(figures):
+        if (point["encoder"], point["size"]) == (encoder, size):
+            found[point["length"]] = point["ne"]["value"]
+    return found
 
 
 def _point_words(point: Figures) -> str:
