@@ -31,7 +31,7 @@ from pipeline.study.laws import fit_log, fit_power, fit_slopes, interval, pareto
 from pipeline.study.measured import COSTS, Key, Measured, is_finished
 from pipeline.study.page import console_table, draw_laws, next_lines, write_study
 from pipeline.study.plan import Point, StudyPlan, even_ladder, plan_points, read_plan
-from pipeline.study.point import count_work, run_point
+from pipeline.study.point import WORK, count_work, run_point
 from pipeline.study.predictions import predict_largest
 from pipeline.study.users import UserSums, read_users, user_sums
 from tests.worlds.tiny import publish_sequences, tiny_config
@@ -636,6 +636,23 @@ def test_a_point_whose_process_had_an_error_of_cuda_goes_on_in_a_fresh_one(
         assert study_points._carry_out(*study_points._arguments(study, point)) == ""
         assert is_finished(point)
     assert len(calls) == 1, "the next point did not begin in the process that had the error"
+
+
+def test_later_seeds_have_the_flop_that_were_counted_for_the_first(tmp_path: Path) -> None:
+    base = study_base(tmp_path)
+    publish_sequences(base)
+    plan = read_plan(write_plan(tmp_path, data_share=None, seeds=[0, 1]), base.tasks)
+    opening.open_study(base, plan)
+    points = plan_points(base, plan)
+    earlier, *_ = [point for point in points if point.seed == 0]
+    later, *_ = [point for point in points if point.seed == 1 and point.key == earlier.key]
+
+    # counted elsewhere, where that seed was run
+    work = {"train_gflop": 7.0, "infer_gflop": 3.0}
+    earlier.trial.cfg.run_dir.mkdir(parents=True)
+    (earlier.trial.cfg.run_dir / WORK).write_text(json.dumps(work))
+    study_points.count_points([study_points.OpenStudy(base, plan, [later])], 1)
+    assert json.loads((later.trial.cfg.run_dir / WORK).read_text()) == work
 
 
 def test_an_error_that_is_not_of_cuda_is_the_points_own(

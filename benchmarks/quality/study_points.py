@@ -227,12 +227,16 @@ def _predict(study: OpenStudy, out: Path) -> None:
 
 
 def _count_all(studies: Sequence[OpenStudy], pool: ProcessPoolExecutor) -> None:
-    """FLOP of every point, the seeds of a key share those of its first; features of every study
-    that has none. `open_study` sees to it that both are of this plan and these sequences.
+    """FLOP of every point, the seeds of a key share those of its first, which may have come from
+    another machine; features of every study that has none. `open_study` sees to it that both are
+    of this plan and these sequences.
     """
     first: dict[tuple[str, Any], Point] = {}
     futures = []
     for study in studies:
+        for point in plan_points(study.base, study.plan):
+            if (point.trial.cfg.run_dir / WORK).exists():
+                first.setdefault((study.folder.name, point.key), point)
         shared = any(shares_features(point.trial.cfg, study.base) for point in study.waiting)
         if shared and not (study.folder / FEATURES).exists():
             fit_features(study.waiting[0].trial.cfg).save(study.folder)
