@@ -46,7 +46,7 @@ test: $(READY)  ## every test that needs no GPU, but for those that lose nodes; 
 	@$(MAKE) --no-print-directory test-cluster
 
 test-alone: $(READY)  ## those of them that start neither Ray nor MLflow
-	$(PYTEST) -m "$(ALONE)" -n logical --dist loadfile || $(PYTEST) -m "$(ALONE)" $(AGAIN)
+	$(PYTEST) -m "$(ALONE)" -n logical --dist loadfile --no-loadscope-reorder || $(PYTEST) -m "$(ALONE)" $(AGAIN)
 
 test-cluster: $(READY)  ## those that start Ray, MLflow or both
 	$(PYTEST) -m "$(CLUSTER)" $(NOTES) $(WITH_CLUSTER) || $(PYTEST) -m "$(CLUSTER)" $(NOTES) $(AGAIN)

@@ -29,6 +29,27 @@ from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 
+# A file's tests run in one process (xdist's loadfile): the longest begin first, so that no process
+# is left alone with one of them at the end.
+LONGEST_FILES = (
+    "test_kernels_gpu",
+    "test_layer",
+    "test_attention_triton",
+    "test_study",
+    "test_page",
+    "test_sharding",
+    "test_last_layer",
+    "test_loader_process",
+    "test_token_kernels",
+    "test_config",
+    "test_encoder_recipe",
+    "test_sampled_softmax",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST_FILES)
+
 
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from pipeline.config import UserError
@@ -22,6 +21,7 @@ from pipeline.train.checkpoint import (
     read_tensors,
     run_identity,
 )
+from tests.support.ranks import run_ranks
 from tests.worlds.model import make_config
 
 ROWS = {"long": 7, "short": 2}  # fewer rows than ranks: one rank holds none
@@ -54,7 +54,7 @@ def save_as_rank(rank: int, folder: str, world_size: int) -> None:
 
 
 def test_blocks_of_three_ranks_load_at_any_number(tmp_path: Path) -> None:
-    mp.spawn(save_as_rank, (str(tmp_path), 3), nprocs=3)  # pyright: ignore[reportPrivateImportUsage]
+    run_ranks(save_as_rank, (str(tmp_path), 3), 3)
     saved = CheckpointFolder(tmp_path / "saved", 2).newest()
     assert saved is not None
     assert saved.identity == {"name": "blocks"}

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from benchmarks.training.model import model_config, random_batch, vocabulary
@@ -25,6 +24,7 @@ from pipeline.train.loader_process import messages
 from pipeline.train.meter import Meter, fill_batches
 from pipeline.train.trainee import Trainee
 from tests.support.graphs import capture_none
+from tests.support.ranks import run_ranks
 
 LENGTHS = 50, 7, 33, 12, 1
 BANDED = {"window": 8, "full_rows": 6}
@@ -318,5 +318,5 @@ def train_two_ways(rank: int, folder: str) -> None:
 
 
 def test_ranks_that_replay_train_as_ranks_that_do_not(tmp_path: Path):
-    mp.spawn(train_two_ways, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    run_ranks(train_two_ways, (str(tmp_path),), 2)
     assert [(tmp_path / f"wrong_{rank}").read_text() for rank in range(2)] == ["", ""]

@@ -243,7 +243,7 @@ def test_the_chain_runs_as_a_submitted_job_beside_another_server(
     and when the other's whole cluster is.
     """
     port = free_port()
-    options = [f"runs_dir={tmp_path}", f"serve.port={port}"]
+    options = [f"runs_dir={tmp_path}", f"serve.port={port}", "train.num_workers=1"]
     sets = [word for option in options for word in ("--set", option)]
     with Watch(port) as ours, Watch(neighbour.port) as theirs:
         done = head.submit("-m", "jobs.pipeline", "--config", "configs/smoke.yaml", *sets)

@@ -174,6 +174,7 @@ def test_a_history_is_encoded_as_where_the_kernels_make_every_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Layer one makes K and V of all rows, and the rest of those that layer two reads."""
+    monkeypatch.setattr(tile_table, "SPLIT_PROGRAMS", 1)
     model = make_model(make_config(attention_backend="triton", **FUSED["truncation"])).float()
     history = make_batch([5, 30], [0, 0])
     with torch.no_grad():

@@ -62,6 +62,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(
         tile_table, "tile_sizes", lambda *_, **__: tile_table.AttentionTile(16, 16, 4, 1)
     )
+    monkeypatch.setattr(tile_table, "SPLIT_PROGRAMS", 4)  # fewer for the interpreter
     monkeypatch.setattr(linear, "tile_size", lambda **_: TILE)
     # new tensors start as NaN, so that what is not written shows
     torch.use_deterministic_algorithms(True)

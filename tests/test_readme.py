@@ -254,19 +254,17 @@ def write_own_logs(folder: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_your_own_logs(mlflow_runs: Path, tmp_path: Path):
+def test_your_own_logs(local_ray: None, mlflow_runs: Path, tmp_path: Path):
+    """With a Ray cluster and an MLflow server there, which each job would start and end."""
     for folder in ("pipeline", "kernels", "jobs", "serve_app", "configs"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    # with an MLflow server there, which each job would start and end
     (tmp_path / "runs").symlink_to(mlflow_runs)
     write_own_logs(tmp_path / "data" / "own_logs")
     environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("RAY_", "MLFLOW_"))
+        name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")
     }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands(OWN_LOGS, "The commands")],

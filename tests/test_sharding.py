@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from pipeline import config
@@ -24,10 +23,11 @@ from pipeline.train.checkpoint import CheckpointFolder, Saved, read_tensors
 from pipeline.train.placement import Placement, describe_tables, place_tables
 from pipeline.train.sharding import TableMaker, draw_rows
 from pipeline.train.trainee import Trainee
+from tests.support.ranks import run_ranks
 from tests.worlds.model import joined, labelled_batch, make_config, make_maps
 from tests.worlds.training import rows_told_and_found
 
-STEPS = 50
+STEPS = 24
 PARTS = 6  # of a step, shared by 1, 2 or 3 ranks
 VOCAB = {"item_id": 30, "item.tag": 5, "user.age": 4, "user.city": 6, "request.tab": 4}
 
@@ -136,7 +136,7 @@ def train_on_ranks(
 ) -> list[list[dict]]:
     """Of each configuration what every rank found."""
     (folder / "cfgs.json").write_text(json.dumps([config.to_dict(cfg) for cfg in cfgs]))
-    mp.spawn(one_of_many, (world_size, str(folder), steps), nprocs=world_size)  # pyright: ignore[reportPrivateImportUsage]
+    run_ranks(one_of_many, (world_size, str(folder), steps), world_size)
     ranks = range(world_size)
     return [
         [torch.load(folder / f"{i}_{rank}.pt", weights_only=True) for rank in ranks]

@@ -27,6 +27,7 @@ from pipeline.train.gradients import GradientBuffer
 from pipeline.train.meter import prefetch_batches
 from pipeline.train.optim import DenseAdamW, RowwiseAdamW, learning_rate_factor
 from pipeline.train.trainee import Trainee
+from tests.support.ranks import run_ranks
 from tests.worlds.model import joined, labelled_batch, make_maps
 from tests.worlds.training import STEPS, Loader, run, train_config
 
@@ -295,7 +296,7 @@ def on_two_ranks(cfg: RunConfig, folder: Path, killed_at: int | None = None) -> 
     is one. The second is killed when it would begin the step `killed_at`.
     """
     (folder / "cfg.json").write_text(json.dumps(config.to_dict(cfg)))
-    mp.spawn(one_of_two, (str(folder), killed_at), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    run_ranks(one_of_two, (str(folder), killed_at), 2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

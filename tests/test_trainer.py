@@ -36,15 +36,15 @@ pytestmark = pytest.mark.cluster
 
 def train_config(runs_dir: Path, name: str) -> RunConfig:
     train = {
-        "epochs": 24,
+        "epochs": 16,  # of six steps
         "batch_users": 4,
         "num_workers": 2,
         # its blocks go through checkpoints, a lost worker and the model folder too
         "tables": {"item_id": "sharded"},
         "warmup_steps": 5,
         "log_every": 7,
-        "checkpoint_every": 30,
-        "validate_every": 40,
+        "checkpoint_every": 15,
+        "validate_every": 20,
         "publish": "best",
     }
     return replace(tiny_config(runs_dir, train=train), name=name)
@@ -72,18 +72,23 @@ def trained(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunCon
     return cfg
 
 
-def test_a_killed_worker_changes_no_loss(trained: RunConfig) -> None:
+def test_a_killed_worker_and_a_dead_tracker_change_no_loss(trained: RunConfig) -> None:
     """SIGKILL to a worker after the first checkpoint: Ray Train starts the workers again where that
-    was.
+    was. An MLflow server that does not answer stops no step, is no failure and is told at the end.
     """
+    from pipeline.tracking import Run
     from pipeline.train import trainer
 
-    cfg = replace(trained, name="killed")
+    once = replace(trained.train, max_failures=1)
+    cfg = replace(trained, name="killed", train=once)
     shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
     killed = []
-    killer = threading.Thread(target=lambda: killed.append(kill_worker_after(cfg, step=60)))
+    killer = threading.Thread(target=lambda: killed.append(kill_worker_after(cfg, step=25)))
     killer.start()
-    trainer.fit_model(cfg)
+    with pytest.raises(
+        Outage, match=r"complete, .*does not answer any more \(http://127\.0\.0\.1:9\)"
+    ):
+        trainer.fit_model(cfg, Run("http://127.0.0.1:9", "no such run"))
     killer.join(1)
     assert killed, "training ended before the worker was killed"
     expected, found = losses(trained), losses(cfg)
@@ -151,7 +156,7 @@ def test_a_killed_driver_leaves_nothing_and_the_job_started_again_finishes(
     briefly = environment | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
     driver = subprocess.Popen(command, env=briefly, cwd=ROOT)
     try:
-        while not has_reached(cfg, step=60):
+        while not has_reached(cfg, step=25):
             assert driver.poll() is None, "the job ended before it was killed"
             time.sleep(0.02)
         (folder,) = (
@@ -248,7 +253,7 @@ def test_ray_train_knows_the_checkpoints_and_their_metrics(trained: RunConfig) -
 def test_a_training_gone_wrong_is_one_message_and_not_tried_again(trained: RunConfig) -> None:
     from pipeline.train import trainer
 
-    wild = replace(trained.train, lr=1e38, warmup_steps=0, max_bad_steps=5)
+    wild = replace(trained.train, num_workers=1, lr=1e38, warmup_steps=0, max_bad_steps=5)
     cfg = replace(trained, name="wild", train=wild)
     shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
     with pytest.raises(
@@ -314,20 +319,6 @@ def test_plan_says_what_training_would_take(
         trainer.plan_training(replace(trained, train=replace(trained.train, num_workers=9)))
 
 
-def test_a_dead_tracker_stops_no_training_and_is_told_at_the_end(trained: RunConfig) -> None:
-    from pipeline.tracking import Run
-    from pipeline.train import trainer
-
-    cfg = replace(trained, name="untracked", train=replace(trained.train, max_failures=0))
-    shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
-    with pytest.raises(
-        Outage, match=r"complete, .*does not answer any more \(http://127\.0\.0\.1:9\)"
-    ):
-        trainer.fit_model(cfg, Run("http://127.0.0.1:9", "no such run"))
-    assert losses(cfg) == losses(trained)
-    assert cfg.model_dir.exists()
-
-
 def test_a_mistake_that_a_worker_finds_is_not_tried_again(
     trained: RunConfig, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,7 +327,8 @@ def test_a_mistake_that_a_worker_finds_is_not_tried_again(
     # a mistake that the driver overlooks
     monkeypatch.setattr(trainer, "check_periods", lambda *_, **__: {})
     late = {"t_val": "2030-01-01T00:00:00+00:00", "t_test": "2030-01-02T00:00:00+00:00"}
-    cfg = replace(trained, name="late", split=replace(trained.split, **late))
+    alone = replace(trained.train, num_workers=1, validate_every=5)
+    cfg = replace(trained, name="late", split=replace(trained.split, **late), train=alone)
     shutil.copytree(trained.sequence_dir, cfg.sequence_dir)
     with pytest.raises(UserError, match="the val period holds no request"):
         trainer.fit_model(cfg)
