@@ -577,8 +577,8 @@ SMOKE = {
     "tokens": list,  # with the layer's
     "model": lambda: [
         (check_token_backends, SEMI_LOCAL, 2, 10, 16),
-        (check_target_view, "covering", 2, 20, 16),
-        (check_target_view, "exact", 2, 20, 16),
+        (check_target_view, "covering", 1, 12, 16),
+        (check_target_view, "exact", 1, 12, 16),
         (check_transfer,),
         (check_beside,),
         (check_reinforced_loss, 20, 50, 16),

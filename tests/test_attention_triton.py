@@ -138,7 +138,7 @@ def test_interpreted_kernels_equal_the_reference(name):
 def test_own_rows_of_a_tile_are_held_to_its_end(monkeypatch):
     """Where a program masks its own rows results stay the same to the last bit."""
     lengths, counts = [70, 9], [11, 2]
-    tensors, offsets, num_targets = make_inputs(lengths, counts)
+    tensors, offsets, num_targets = make_inputs(lengths, counts, heads=1)
     found = []
     for held in (False, True):
         tile = AttentionTile(16, 16, 4, 1, held=held)
