@@ -150,6 +150,43 @@ def test_own_rows_of_a_tile_are_held_to_its_end(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_tiles_of_many_short_sequences_stay_whole(monkeypatch):
+    """Results differ by the order of their sums alone."""
+    lengths, counts = [70, 9, 40], [11, 2, 0]
+    tensors, offsets, num_targets = make_inputs(lengths, counts)
+    monkeypatch.setattr(tile_table, "SPLIT_PROGRAMS", 100)
+    found, parts = [], []
+    for many in (4, 3):
+        monkeypatch.setattr(tile_table, "MANY_SEQUENCES", many)
+        plan = TritonPlan(offsets, num_targets, None, sum(lengths), max(lengths), 10, 8, 3)
+        found.append(run_triton(tensors, plan, None))
+        (tiles,) = [tiles for (keys, *_), tiles in plan.lists.items() if not keys]
+        entries = tiles.tiles.view(-1, ENTRY)[: int(tiles.header[0])]
+        parts.append(int(entries[:, ROW_PARTS.value].max()))
+
+    assert parts[0] > 1
+    assert parts[1] == 1
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_largest_numbers_of_three_tensors(dtype):
+    """Of strided rows, of any sign, and a NaN counts as the largest."""
+    grad, dq = torch.randn(37, 3, 8).to(dtype), torch.randn(37, 3, 16).to(dtype)
+    v = torch.randn(37, 5, 8).to(dtype)[:, 1:4]
+    expected = torch.stack([x.float().abs().max() for x in (grad, v, dq)])
+    assert torch.equal(triton_bias_inputs.find_largest(grad, v, dq), expected)
+
+    v[30, 2, 7] = torch.nan
+    dq[36, 2, 15] = -torch.inf
+    largest = triton_bias_inputs.find_largest(grad, v, dq)
+    assert largest[0] == expected[0]
+    assert largest[1].isnan()
+    assert largest[2] == torch.inf
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("d_qk", "d_v"), [(16, 16), (20, 9)])
 def test_interpreted_descriptors(monkeypatch, d_qk, d_v):
     """The bulk copy engine's path, as on Hopper, of q, k, v that are slices of one tensor."""

@@ -127,7 +127,7 @@ def _build_list(plan: TritonPlan, keys: bool, tile: AttentionTile, heads: int) -
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
     }
-    _count_tiles(plan, keys, heads, (offsets, targets, extra, header, first), constants)
+    _count_tiles(plan, keys, tile, heads, (offsets, targets, extra, header, first), constants)
     _write_tiles(plan, keys, (offsets, targets, extra, header, first, tiles), constants)
 
     if plan.asked_before is not None and not keys:
@@ -168,9 +168,17 @@ def _list_capacity(plan: TritonPlan, keys: bool, tile: AttentionTile, num_parts:
 
 
 def _count_tiles(
-    plan: TritonPlan, keys: bool, heads: int, tensors: tuple[Tensor, ...], constants: dict
+    plan: TritonPlan,
+    keys: bool,
+    tile: AttentionTile,
+    heads: int,
+    tensors: tuple[Tensor, ...],
+    constants: dict,
 ) -> None:
     num_sequences = len(plan.seq_offsets) - 1
+    shortest = tile_table.shortest_part(
+        tile, of_keys=keys, banded=plan.window is not None, num_sequences=num_sequences
+    )
     kernel = triton_tiles.count_tiles
     of_count = {
         **constants,
@@ -178,7 +186,7 @@ def _count_tiles(
         "CACHED": plan.cached,
         "HEADS": heads,
         "SPLIT_PROGRAMS": tile_table.split_programs(plan.max_seq_len),
-        "SHORTEST_PART": tile_table.SHORTEST_KEY_PART if keys else tile_table.SHORTEST_PART,
+        "SHORTEST_PART": shortest,
         "BLOCK_B": COUNTED,
     }
     launch(

@@ -13,6 +13,10 @@ LONG_SEQUENCE = 8192
 # Blocks of a part: below, writing and adding a partial sum costs more than it hides.
 SHORTEST_PART = 8
 SHORTEST_KEY_PART = 16  # a part of a key tile writes two sums
+# Tiles of full rows with no more keys stay whole beside the BAND tiles of so many sequences, which
+# fill the multiprocessors meanwhile.
+WHOLE_KEYS = 1152
+MANY_SEQUENCES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,15 @@ class AttentionTile:
 def split_programs(max_seq_len: int) -> int:
     """Programs that the cut tiles of a batch should give, over all heads."""
     return SPLIT_PROGRAMS_LONG if max_seq_len > LONG_SEQUENCE else SPLIT_PROGRAMS
+
+
+def shortest_part(tile: AttentionTile, *, of_keys: bool, banded: bool, num_sequences: int) -> int:
+    """Blocks that a part of a cut tile has at least; with `of_keys`, of a tile of keys."""
+    if of_keys:
+        return SHORTEST_KEY_PART
+    if banded and num_sequences >= MANY_SEQUENCES:
+        return max(SHORTEST_PART, WHOLE_KEYS // tile.keys)
+    return SHORTEST_PART
 
 
 def tile_sizes(

@@ -10,10 +10,10 @@ from kernels.semi_local_attention.triton_bias import (
     time_buckets,
 )
 from kernels.semi_local_attention.triton_common import (
+    exact_tanh,
     half_scores,
     load_rows,
     part_of,
-    tanh_of,
     twice_slope,
 )
 from kernels.semi_local_attention.triton_row_tile import (
@@ -111,10 +111,10 @@ def backward_bias(
             grads = load_rows(grad, row, head, stride_gt, stride_gh, num_tokens, BLOCK_M, V, TMA)
             values = load_rows(v, first, head, stride_vt, stride_vh, num_tokens, BLOCK_N, V, TMA)
 
-            # exact: tanh.approx has an error with a sign, which a million pairs of an entry add up
+            # not tanh.approx: its error has a sign, which a million pairs of an entry add up
             half = half_scores(query, keys, alpha, PRECISION) + added
             d_weight = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-            total += d_weight * twice_slope(half, tanh_of(half, False))
+            total += d_weight * twice_slope(half, exact_tanh(half, ON_GPU))
 
         total = mask_block(
             total, rows, low, high, low_all, high_all, first, start, prefix, i < prefix_blocks,

@@ -91,6 +91,41 @@ def bias_of(positions, cells, distance, seconds, ON_GPU: tl.constexpr):
 
 
 @triton.jit
+def _raise_to_largest(
+    place, x, num_rows, stride_t, stride_h, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (rows < num_rows)[:, None] & (columns < HEADS * WIDTH)[None, :]
+    of_rows = rows.to(tl.int64)[:, None] * stride_t
+    of_columns = (columns // WIDTH * stride_h + columns % WIDTH)[None, :]
+    numbers = tl.load(x + of_rows + of_columns, mask=inside, other=0.0).to(tl.float32)
+
+    # without their signs, bits are in the order of the numbers, and a NaN's are above all
+    bits = numbers.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(place, tl.max(tl.max(bits, 1), 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def largest_numbers(
+    grad, v, dq,  # [T, H, V], [T, H, V], [T, H, D]
+    largest,  # int32 [3], zeros: the bits of the largest |number| of each, as float32
+    num_rows, stride_gt, stride_gh, stride_vt, stride_vh, stride_qt, stride_qh,
+    HEADS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program for each ROWS rows of each of the three; BLOCK is no less than a row's numbers."""
+    which = tl.program_id(1)
+    place = largest + which
+    if which == 0:
+        _raise_to_largest(place, grad, num_rows, stride_gt, stride_gh, HEADS, V, ROWS, BLOCK)
+    elif which == 1:
+        _raise_to_largest(place, v, num_rows, stride_vt, stride_vh, HEADS, V, ROWS, BLOCK)
+    else:
+        _raise_to_largest(place, dq, num_rows, stride_qt, stride_qh, HEADS, D, ROWS, BLOCK)
+
+
+@triton.jit
 def add_fixed(table, index, value, per_unit, mask):
     """Whole numbers add to the same sum in every order; floats do not."""
     tl.atomic_add(

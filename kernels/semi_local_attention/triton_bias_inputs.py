@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.launch import cdiv, launch
+from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.semi_local_attention import triton_bias
 from kernels.semi_local_attention.types import (
     LOG_BUCKET,
@@ -17,6 +17,7 @@ from kernels.semi_local_attention.types import (
 
 CELLS = triton_bias.CELLS.value
 SPREAD = 512  # entries of both tables that a program spreads
+LARGEST_OF = 16_384  # numbers that a program of `largest_numbers` reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +92,33 @@ def _first_second(cell: Tensor) -> Tensor:
     return (cell.clamp(max=last_cell) << 21).view(torch.float32).double().ceil()
 
 
-def units_per_one(grad: Tensor, v: Tensor, width: int, num_pairs: int) -> Tensor:
+def find_largest(grad: Tensor, v: Tensor, dq: Tensor) -> Tensor:
+    """The largest |number| of each [T, H, ·], float32 [3]; NaN where one is NaN."""
+    num_rows, heads, d_qk = dq.shape
+    d_v = v.shape[2]
+    block = next_power_of_2(heads * max(d_qk, d_v))
+    rows = max(1, LARGEST_OF // block)
+    largest = torch.zeros(3, dtype=torch.int32, device=dq.device)
+    launch(
+        triton_bias.largest_numbers,
+        cdiv(num_rows, rows),
+        (grad, v, dq, largest),
+        (num_rows,),
+        (*grad.stride()[:2], *v.stride()[:2], *dq.stride()[:2]),
+        (heads, d_qk, d_v, rows, block),
+        device=dq.device,
+        num_warps=8,
+        columns=3,
+    )
+    return largest.view(torch.float32)
+
+
+def units_per_one(largest: Tensor, width: int, num_pairs: int) -> Tensor:
     """How many units of the whole-number sums of the bias gradients make 1.0, float32 [1].
 
-    No sum over `num_pairs` pairs of rows, `width` products each, can pass 2**62.
+    No sum over `num_pairs` pairs of rows, `width` products each, can pass 2**62. `largest` is that
+    of `find_largest`.
     """
-    grad_max = torch.linalg.vector_norm(grad, torch.inf, dtype=torch.float32)
-    v_max = torch.linalg.vector_norm(v, torch.inf, dtype=torch.float32)
     steepest = 2.2  # twice SiLU's slope, as the kernels have it
-    largest = grad_max * v_max * (steepest * width)
-    return (2.0**62 / (largest * num_pairs).clamp(min=1e-18)).reshape(1)
+    product = largest[:1] * largest[1:2] * (steepest * width)
+    return 2.0**62 / (product * num_pairs).clamp(min=1e-18)

@@ -24,7 +24,7 @@ from kernels.launch import (
 from kernels.semi_local_attention import tile_table, triton_kernels
 from kernels.semi_local_attention.plan import TileList, TritonPlan
 from kernels.semi_local_attention.tile_table import AttentionTile
-from kernels.semi_local_attention.triton_bias_inputs import BiasInputs, units_per_one
+from kernels.semi_local_attention.triton_bias_inputs import BiasInputs, find_largest, units_per_one
 
 OPERANDS = {
     "forward": ("q", "k", "v"),
@@ -511,12 +511,13 @@ def launch_backward_bias(
     sums = torch.zeros(num_positions + num_times * rows, dtype=torch.int64, device=dq.device)
     of_position, of_time = sums.tensor_split([num_positions])
     num_pairs = plan.num_tokens * plan.max_seq_len * problem.heads
-    per_unit = units_per_one(grad, v, problem.d_v, num_pairs)
+    largest = find_largest(grad, v, dq)
+    per_unit = units_per_one(largest, problem.d_v, num_pairs)
     tensors = {"d_position": of_position, "d_time": of_time, "per_unit": per_unit}
     prepared.launch(operands, **tensors, **bias.by_name())
 
     # whole numbers have no NaN; dq, which comes of the same scores, says whether one was
-    broken = 0 * torch.linalg.vector_norm(dq, torch.inf, dtype=torch.float32)
+    broken = 0 * largest[2]
     unit = 0.5 * problem.scale / per_unit.double() + broken
     of_time = of_time.view(num_times, rows).sum(1)
     return (of_position * unit).float(), (of_time * unit).float()
