@@ -59,6 +59,23 @@ def test_a_planted_difference_is_found_with_its_sign() -> None:
     assert sum(simulate(rng, -0.7, 2000)[-1] == "worse" for _ in range(20)) >= 18
 
 
+def test_an_outcome_that_few_units_have_not_had_yet_is_no_alarm() -> None:
+    """One like in a thousand answers, and a twentieth of the users has the canary."""
+    rng = np.random.default_rng(2)
+    alarms = 0
+    for _ in range(200):
+        champion = UnitCounts(np.ones(19_000), rng.binomial(1, 0.001, 19_000).astype(float))
+        canary = UnitCounts(np.ones(1_000), rng.binomial(1, 0.001, 1_000).astype(float))
+        alarms += compare_counts("like", champion, canary).says != "undecided"
+    assert alarms <= 0.05 * 200
+
+    # what is not chance is seen
+    none = UnitCounts(np.ones(20_000), np.zeros(20_000))
+    some = UnitCounts(np.ones(20_000), rng.binomial(1, 0.005, 20_000).astype(float))
+    assert compare_counts("like", some, none).says == "worse"
+    assert compare_counts("like", none, some).says == "better"
+
+
 def served_rows(answers: list[tuple[int, str, str, int, int]], ms: dict[str, float]) -> pa.Table:
     rows = []
     for request_id, unit, role, version, served_at in answers:
