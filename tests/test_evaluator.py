@@ -37,10 +37,17 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def copied(cfg: RunConfig, name: str) -> RunConfig:
-    """The same store and model under a name of its own."""
+    """The same store and model, and what was found of it, under a name of its own."""
     copy = replace(cfg, name=name)
-    shutil.copytree(cfg.sequence_dir, copy.sequence_dir)
-    shutil.copytree(cfg.model_dir, copy.model_dir)
+    shutil.copytree(cfg.run_dir, copy.run_dir)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def evaluated(cfg: RunConfig) -> RunConfig:
+    """Both periods evaluated, in one go."""
+    copy = copied(cfg, "evaluated")
+    evaluator.evaluate_model(copy, copy.model_dir)
     return copy
 
 
@@ -53,10 +60,9 @@ def predictions(cfg: RunConfig, split: str) -> pa.Table:
 
 @pytest.mark.parametrize("rows_of_a_part", [30, 10**6])
 def test_no_cut_of_the_work_changes_the_numbers(
-    cfg: RunConfig, monkeypatch: pytest.MonkeyPatch, rows_of_a_part: int
+    cfg: RunConfig, evaluated: RunConfig, monkeypatch: pytest.MonkeyPatch, rows_of_a_part: int
 ) -> None:
-    one = copied(cfg, f"one-{rows_of_a_part}")
-    whole = evaluator.evaluate_model(one, one.model_dir)
+    whole = evaluator.read_metrics(evaluated.model_dir)
 
     monkeypatch.setattr(parts, "ROWS_OF_A_PART", rows_of_a_part)
     other = copied(cfg, f"other-{rows_of_a_part}")
@@ -66,7 +72,7 @@ def test_no_cut_of_the_work_changes_the_numbers(
 
     assert cut == pytest.approx(whole, abs=1e-6, nan_ok=True)
     for split in SPLITS:
-        ours, theirs = predictions(one, split), predictions(other, split)
+        ours, theirs = predictions(evaluated, split), predictions(other, split)
         names = ["user_id", "item_id", "event_time", "history_rows", "user_is_new"]
         assert ours.select(names) == theirs.select(names)
 
@@ -108,10 +114,9 @@ def test_work_is_that_of_requests_one_by_one(cfg: RunConfig) -> None:
 
 @pytest.mark.cluster
 def test_workers_of_a_cluster_give_the_numbers_of_one_process(
-    cfg: RunConfig, local_ray: None, monkeypatch: pytest.MonkeyPatch
+    cfg: RunConfig, evaluated: RunConfig, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = copied(cfg, "alone")
-    expected = evaluator.evaluate_model(alone, alone.model_dir)
+    expected = evaluator.read_metrics(evaluated.model_dir)
 
     monkeypatch.setattr(spread, "LARGE_STORE", 1)
     monkeypatch.setattr(parts, "ROWS_OF_A_PART", 60)
@@ -136,9 +141,10 @@ def test_progress_says_what_is_done() -> None:
     assert "s left" in progress.line()
 
 
-def test_a_sample_is_of_whole_users_and_leaves_the_metrics_of_the_whole(cfg: RunConfig) -> None:
-    copy = copied(cfg, "sampled")
-    evaluator.evaluate_model(copy, copy.model_dir)
+def test_a_sample_is_of_whole_users_and_leaves_the_metrics_of_the_whole(
+    evaluated: RunConfig,
+) -> None:
+    copy = copied(evaluated, "sampled")
     before = (copy.model_dir / "metrics.json").read_text()
     every = predictions(copy, "val")
 
@@ -179,12 +185,12 @@ def test_the_users_of_a_sample_are_drawn_by_the_seed() -> None:
 # Never the labels of another task, nor other rows in the place of the model's
 
 
-def test_labels_come_from_the_model_and_a_difference_is_refused(cfg: RunConfig) -> None:
-    copy = copied(cfg, "labels")
-    metrics = evaluator.evaluate_model(copy, copy.model_dir)
+def test_labels_come_from_the_model_and_a_difference_is_refused(evaluated: RunConfig) -> None:
+    copy = copied(evaluated, "labels")
+    metrics = evaluator.read_metrics(copy.model_dir)
     before = (copy.model_dir / "metrics.json").read_bytes()
 
-    source = replace(cfg.source, actions=("is_like", "is_click"))
+    source = replace(copy.source, actions=("is_like", "is_click"))
     others = {
         r"tasks: the model was trained with \['is_click', 'is_like'\], got \['is_like'\]": replace(
             copy, tasks=("is_like",)
@@ -198,16 +204,15 @@ def test_labels_come_from_the_model_and_a_difference_is_refused(cfg: RunConfig) 
     assert evaluator.evaluate_model(copy, copy.model_dir) == pytest.approx(metrics, nan_ok=True)
 
 
-def test_features_are_the_models_whatever_the_configuration_says(cfg: RunConfig) -> None:
-    copy = copied(cfg, "features")
-    metrics = evaluator.evaluate_model(copy, copy.model_dir)
+def test_features_are_the_models_whatever_the_configuration_says(evaluated: RunConfig) -> None:
+    copy = copied(evaluated, "features")
+    metrics = evaluator.read_metrics(copy.model_dir)
     bare = replace(copy, features=replace(copy.features, dense={}, watch_seconds=()))
     assert evaluator.evaluate_model(bare, copy.model_dir) == pytest.approx(metrics, nan_ok=True)
 
 
-def test_other_rows_and_settings_have_a_name_of_their_own(cfg: RunConfig) -> None:
-    copy = copied(cfg, "rows")
-    evaluator.evaluate_model(copy, copy.model_dir)
+def test_other_rows_and_settings_have_a_name_of_their_own(evaluated: RunConfig) -> None:
+    copy = copied(evaluated, "rows")
     before = (copy.model_dir / "metrics.json").read_bytes()
 
     later = replace(copy.split, t_test="2022-05-04T00:00:00+08:00")
@@ -227,10 +232,10 @@ def test_other_rows_and_settings_have_a_name_of_their_own(cfg: RunConfig) -> Non
 
 
 def test_sequences_come_from_the_configuration_wherever_the_model_had_its_own(
-    cfg: RunConfig,
+    evaluated: RunConfig,
 ) -> None:
-    copy = copied(cfg, "owner")
-    metrics = evaluator.evaluate_model(copy, copy.model_dir)
+    copy = copied(evaluated, "owner")
+    metrics = evaluator.read_metrics(copy.model_dir)
     shared = replace(copy.sequences, from_run=copy.name)
     borrower = replace(copy, name="borrower", sequences=shared)  # it has none itself
     found = evaluator.evaluate_model(borrower, copy.model_dir, name="borrowed")
@@ -238,11 +243,11 @@ def test_sequences_come_from_the_configuration_wherever_the_model_had_its_own(
     assert evaluator.score_model(borrower, copy.model_dir)["is_click"] == metrics["val/ne/is_click"]
 
 
-def test_a_split_alone_leaves_the_other_one(cfg: RunConfig) -> None:
-    one, both = copied(cfg, "one-by-one"), copied(cfg, "both")
+def test_a_split_alone_leaves_the_other_one(cfg: RunConfig, evaluated: RunConfig) -> None:
+    one = copied(cfg, "one-by-one")
     evaluator.evaluate_model(one, one.model_dir, ["val"])
     evaluator.evaluate_model(one, one.model_dir, ["test"])
-    whole = evaluator.evaluate_model(both, both.model_dir)
+    whole = evaluator.read_metrics(evaluated.model_dir)
     assert evaluator.read_metrics(one.model_dir) == pytest.approx(whole, nan_ok=True)
 
 
@@ -283,7 +288,9 @@ def test_auc_of_scores_that_are_no_numbers_is_undefined(labels: list[bool]) -> N
 # The baseline
 
 
-def test_the_baseline_is_the_items_smoothed_rate_on_the_same_rows(cfg: RunConfig) -> None:
+def test_the_baseline_is_the_items_smoothed_rate_on_the_same_rows(
+    cfg: RunConfig, evaluated: RunConfig
+) -> None:
     users = user_events(store.read_sequences(cfg.sequence_dir), cfg.source, cfg.features)
     counts = count_items(users, cfg.split, cfg.task_bits)
 
@@ -303,8 +310,7 @@ def test_the_baseline_is_the_items_smoothed_rate_on_the_same_rows(cfg: RunConfig
         rate = (positive.get(item, 0) + PRIOR * base) / (known.get(item, 0) + PRIOR)
         assert logit == pytest.approx(math.log(rate / (1 - rate)))
 
-    copy = copied(cfg, "baseline")
-    metrics = evaluator.evaluate_model(copy, copy.model_dir)
-    table = predictions(copy, "val")
+    metrics = evaluator.read_metrics(evaluated.model_dir)
+    table = predictions(evaluated, "val")
     found = baseline_metrics(counts, table, cfg.tasks)
     assert metrics["val/baseline_ne/is_click"] == pytest.approx(found["baseline_ne/is_click"])
