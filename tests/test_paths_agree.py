@@ -6,6 +6,7 @@ of those before it. There are no graphs on a CPU: what one would hold is done ag
 """
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -75,10 +76,16 @@ class Server:
         held: list[HeldHistory] = []
         encoded: list[Encoded] = []
         for user, one in enumerate(together):
-            if self.rng.random() < 0.5:
-                one = self.graphed.encode_history(one_history(history, user))
             self.num_kept += 1
             key = str(self.num_kept).encode()
+            if self.rng.random() < 0.5:
+                keep = partial(self.caches.keep_entry, key)
+                one = self.graphed.encode_kept(one_history(history, user), keep)
+            if isinstance(one, HeldHistory):
+                held.append(one)
+                encoded.append(one)
+                continue
+
             self.caches.keep_entry(key, one)
             kept = self.caches.hold_entry(key)
             if kept is not None:
