@@ -238,6 +238,26 @@ def test_side_tables_are_joined_and_their_features_written(
     assert cfg.source.users.id_column == "visitorid"
 
 
+def test_an_item_s_column_that_is_named_as_a_request_s_gets_no_rate(
+    here: None, tmp_path: Path
+) -> None:
+    """`by: [user, hour]` means the hour of the request."""
+    draw = Draw()
+    (tmp_path / "logs").mkdir()
+    plays = {"user_id": draw.user, "item_id": draw.item, "timestamp": draw.seconds}
+    clicks = {"device": draw.choice("ios", "web"), "clicked": draw.choice(0, 1)}
+    write_csv(tmp_path / "logs" / "plays.csv", plays | clicks)
+    number = np.arange(60)
+    words = {name: [f"{name}{i % 3}" for i in number] for name in ("hour", "device", "genre")}
+    pq.write_table(pa.table({"item_id": 100 + number} | words), tmp_path / "items.parquet")
+
+    cfg = looked_at(tmp_path, "--items", str(tmp_path / "items.parquet"))
+    assert cfg.source.request_columns == ("device",)
+    assert set(cfg.features.item) == set(words)
+    by_user = [rate.by for name, rate in cfg.features.dense.items() if name.startswith("user_")]
+    assert by_user == [("user", "genre")]
+
+
 def test_examples_of_a_column_are_different_values() -> None:
     assert listing.first_values(pa.array([7, 7, None, 3, 7, 5, 4])) == [7, 3, 5]
     assert listing.first_values(pa.array([[1], None, [1], [2], [3]])) == [[1], [1], [2]]
