@@ -170,6 +170,15 @@ def test_an_update_knows_that_another_job_has_sent_a_later_one(tmp_path: Path) -
         deployment.refuse_overtaken(details_of(later), mine["deployment"], "http://127.0.0.1:8123")
 
 
+def test_a_replica_finds_the_keys_whatever_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_config(tmp_path, serve={"api_keys_file": "keys.txt"})
+    filled = deployment.serve_config(cfg.serve, {}, 8123, {})
+    assert filled["applications"][0]["args"]["api_keys_file"] == str(tmp_path / "keys.txt")
+
+
 def test_processes_are_fixed_or_follow_the_load(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path, serve={"num_ingress": 2, "max_ingress": 6, "rate_limit_per_s": 10})
     filled = deployment.serve_config(cfg.serve, {}, 8123, {})

@@ -258,6 +258,15 @@ def test_an_item_s_column_that_is_named_as_a_request_s_gets_no_rate(
     assert by_user == [("user", "genre")]
 
 
+def test_a_line_that_the_first_bytes_cut_off_has_no_say(tmp_path: Path) -> None:
+    """Of long lines the last one read has none of the signs that come after its text."""
+    file = tmp_path / "reviews.csv"
+    words = "good, long, and " + "so on " * 800
+    file.write_text("text;user;item;time\n" + f"{words};7;8;{START}\n" * 20)
+    assert file.stat().st_size > sample.FIRST_BYTES
+    assert sample.guess_format(str(file)).separator == ";"
+
+
 def test_examples_of_a_column_are_different_values() -> None:
     assert listing.first_values(pa.array([7, 7, None, 3, 7, 5, 4])) == [7, 3, 5]
     assert listing.first_values(pa.array([[1], None, [1], [2], [3]])) == [[1], [1], [2]]
