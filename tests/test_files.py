@@ -160,3 +160,20 @@ def test_a_name_known_only_afterwards(tmp_path: Path):
         files.publish_file(stage, tmp_path / f"bucket-{digest[:8]}")
     assert digest == hashlib.sha256(b"rows").hexdigest()
     assert files.folder_digests(tmp_path) == {f"bucket-{digest[:8]}": digest}
+
+
+def test_a_folder_that_cannot_be_published_once_is_an_error(tmp_path: Path) -> None:
+    """Only a name that is taken is none."""
+    stage, folder = tmp_path / "stage", tmp_path / "folder"
+    stage.mkdir()
+    (stage / "weights").write_text("new")
+    with pytest.raises(FileNotFoundError):
+        files.publish_folder_once(stage, tmp_path / "nowhere" / "folder")
+
+    files.publish_folder_once(stage, folder)
+    assert names(tmp_path) == ["folder"]
+    stage.mkdir()
+    (stage / "weights").write_text("newer")
+    files.publish_folder_once(stage, folder)
+    assert (folder / "weights").read_text() == "new"
+    assert names(tmp_path) == ["folder", "stage"]

@@ -41,6 +41,8 @@ def test_a_second_training_of_a_name_is_refused_and_names_the_first(tmp_path: Pa
         raise AssertionError("two at once")
     with only_training(cfg.runs_dir, cfg.name), only_training(cfg.runs_dir, "other", timeout_s=0):
         assert not cfg.run_dir.exists(), "the lock is no part of the run, which --fresh removes"
+        (note,) = Path(cfg.runs_dir).glob(".tiny.training")
+        assert note.read_text().count("process") == 1, "the holder alone, not those before it"
 
 
 def test_a_second_job_is_refused_before_ray_and_torch_are_loaded(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -169,9 +170,29 @@ def test_a_number_that_does_not_fit_makes_ids_text(here: None, tmp_path: Path):
         assert build.build_sequences(cfg).num_users == len(ROWS["user_id"].unique()) + 1
 
 
+@pytest.mark.parametrize(
+    ("text", "is_whole"),
+    [
+        ("0", True),
+        ("-7", True),
+        ("7.0", True),
+        ("9223372036854775807", True),
+        ("9199999999999999999", True),
+        ("9223372036854775808", False),
+        ("0123456789012345678", False),
+        ("007", False),
+        ("7.5", False),
+        ("", False),
+    ],
+)
+def test_whole_numbers_of_64_bits_are_known_by_their_digits(text: str, is_whole: bool) -> None:
+    """Leading zeros are kept by text alone."""
+    assert bool(re.match(text_files.WHOLE, text)) == is_whole
+
+
 def test_decimal_commas_and_text_among_numbers(here: None, tmp_path: Path):
-    """An outcome of a European export; a column of it that is no number keeps its commas."""
-    price = [f"{number},{number % 100:02}" for number in range(119)] + ["n/a"]
+    """An outcome of a European export; what is no number keeps its commas."""
+    price = [f"{number},{number % 100:02}" for number in range(119)] + ["n,a"]
     title = pa.array([f"a,{number}" for number in range(120)])
     rows = ROWS.append_column("price", pa.array(price)).append_column("title", title)
     of_price = {"outcome_columns": {"price": {}}}
@@ -182,7 +203,7 @@ def test_decimal_commas_and_text_among_numbers(here: None, tmp_path: Path):
         build.plan_build(cfg)
 
     how = {"separator": ";", "decimal": ","}
-    known = {"price": {"column": "price", "unknown": "n/a"}}
+    known = {"price": {"column": "price", "unknown": "n,a"}}
     cfg = of_files(
         tmp_path / "b", {"a.csv": as_csv(rows, ";")}, format=how, columns=known, **of_price
     )
