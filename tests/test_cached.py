@@ -145,6 +145,21 @@ def test_without_context_tokens() -> None:
     torch.testing.assert_close(scores, model(alone), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("encoder", ["ultra_hstu", "hstu", "hstu_merged", "sasrec", "fuxi_beta"])
+@torch.no_grad()
+def test_users_of_whom_nothing_is_known_have_rows_of_zeros(encoder: str) -> None:
+    """All of a batch, for a model without context tokens: lists for new users alone."""
+    cfg = make_config(encoder=encoder, attention={"window": None, "scaling_seq_len": 16})
+    model = make_model(replace(cfg, features=replace(cfg.features, user={}, user_tokens={})))
+    batch = make_batch([0, 0], [1, 2])
+    history, _ = parts_of(replace(batch, user_codes=torch.zeros(2, 0, dtype=torch.int32)))
+    row = model.encode(history, last_history=True).last_history_row
+    assert row is not None
+    assert torch.equal(row, torch.zeros_like(row)) and len(row) == 2
+    if encoder == "ultra_hstu":
+        assert torch.equal(encode_history_rows(model, history)[1], row)
+
+
 @torch.no_grad()
 def test_float32_scores_equal_to_1e_5() -> None:
     model = make_model(CONFIGS["truncation"]).float()

@@ -244,7 +244,10 @@ def last_history_rows(tokens: Tokens, norm: nn.Module, num_context: int) -> Tens
     history_end = tokens.seq_offsets[1:] - tokens.num_targets
     has_history = history_end - tokens.seq_offsets[:-1] > num_context
 
-    rows = norm(tokens.x_TE[(history_end - 1).clamp(min=0)])
+    x_TE = tokens.x_TE
+    if len(x_TE) == 0:  # users without history, of a model without context tokens
+        x_TE = x_TE.new_zeros(1, x_TE.shape[1])
+    rows = norm(x_TE[(history_end - 1).clamp(min=0)])
     return rows.masked_fill(~has_history[:, None], 0)
 
 

@@ -194,8 +194,7 @@ def token_times(batch: SequenceBatch, num_context: int, interleaved: bool) -> Te
     is_target = target_mask(offsets, batch.num_targets, num_tokens)
     gap = batch.gap_ms.clamp(min=0)
     passed = gap.masked_fill(is_target, 0).cumsum(0)
-    first_row = offsets[:-1].clamp(max=num_tokens - 1)
-    time = passed - passed[first_row][sequence]
+    time = passed - passed[offsets[sequence]]
 
     # candidates: the time of the last row seen, and the gap from there
     at = target_index(offsets, batch.num_targets, num_candidates)
