@@ -80,9 +80,10 @@ class PagedLayout:
         lengths, begins, num_words = [], [0], []
         num_bytes = longest = 0
         for depth, (keys, values, dtype, first) in enumerate(key):
-            offsets = to_device(np.array([0, keys[0]]), device)
             if first < depth:
                 offsets = layers[first].offsets
+            else:
+                offsets = to_device(np.array([0, keys[0]]), device)
             layer = PagedLayer(PagedTensor(keys, dtype), PagedTensor(values, dtype), offsets)
             layers.append(layer)
             lengths.append(keys[0])
