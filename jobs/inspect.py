@@ -50,17 +50,20 @@ def inspect_logs(options: argparse.Namespace) -> None:
     from pipeline.files import write_atomically
     from pipeline.logs.looking.listing import look_at_logs, look_at_side
     from pipeline.logs.looking.preset import write_preset
+    from pipeline.logs.looking.sample import take_sample
 
     if options.output and Path(options.output).exists():
         raise UserError(f"-o {options.output}: it is there already; name another file")
 
-    logs, guess = look_at_logs(options.path)
-    sides = {}
+    tables = {}
     for key, path in (("users", options.users), ("items", options.items)):
-        sides[key] = look_at_side(key, path, logs, guess) if path else None
+        if path:
+            tables[key] = take_sample(path, f"--{key}")
+    logs, guess = look_at_logs(options.path, tables)
+    sides = {key: look_at_side(key, table, logs, guess) for key, table in tables.items()}
 
     name = options.name or re.sub(r"\W+", "_", Path(options.path).stem).strip("_") or "logs"
-    text = write_preset(name, logs, guess, sides["users"], sides["items"])
+    text = write_preset(name, logs, guess, sides.get("users"), sides.get("items"))
     if not options.output:
         print(f"\n{text}", end="")
         return

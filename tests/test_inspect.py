@@ -434,6 +434,56 @@ def test_a_grocer_with_tills(here: None, tmp_path: Path) -> None:
     assert found == expected
 
 
+def test_a_job_board(here: None, tmp_path: Path) -> None:
+    """Candidates, whose name holds a date; searches, more of them than jobs; a state for what was
+    done; and descriptions of many lines.
+    """
+    draw = Draw()
+    rows = {
+        "candidate": [f"cand-{user}" for user in draw.user],
+        "job": [f"JOB/{item}" for item in draw.item],
+        "seen_at": draw.local("%d.%m.%Y %H:%M:%S"),
+        "search": [f"s{row // 2}" for row in range(ROWS)],
+        "status": draw.choice("seen", "seen", "opened", "applied"),
+    }
+    (tmp_path / "logs").mkdir()
+    write_csv(tmp_path / "logs" / "week1.csv", rows, ";")
+    text = "We look for;\n" * 30 + 'a ""great"" person'
+    jobs = [f'JOB/{item};sql|py{item % 4};"{text}";C{item % 3}' for item in range(100, 160)]
+    (tmp_path / "jobs.csv").write_text("\n".join(["job;skills;description;city", *jobs]))
+
+    cfg = looked_at(tmp_path, "--items", str(tmp_path / "jobs.csv"))
+    columns = cfg.source.columns
+    assert (columns["user_id"], columns["item_id"]) == ("candidate", "job")
+    assert set(cfg.source.actions) == {"seen", "opened", "applied"}
+    assert set(cfg.tasks) == {"opened", "applied"}
+    assert cfg.features.item["skills"].kind == "list"
+    assert build.build_sequences(cfg).quarantined == {}
+
+
+def test_a_table_of_items_tells_which_column_is_the_item(here: None, tmp_path: Path) -> None:
+    """Neither name is known, and another column has more values."""
+    draw = Draw()
+    rows = {"cid": draw.item, "who": draw.user, "t": draw.seconds, "shared": draw.choice(0, 1)}
+    rows["batch"] = [f"b{row // 2}" for row in range(ROWS)]
+    (tmp_path / "logs").mkdir()
+    write_csv(tmp_path / "logs" / "plays.csv", rows)
+    write_csv(tmp_path / "clips.csv", {"cid": list(range(100, 160)), "topic": ["a", "b"] * 30})
+
+    cfg = looked_at(tmp_path, "--items", str(tmp_path / "clips.csv"))
+    assert cfg.source.columns["user_id"] == "who"
+    assert cfg.source.columns["item_id"] == "cid"
+
+
+def test_a_session_is_a_user_where_nobody_else_is() -> None:
+    draw = Draw()
+    some = {"session": [f"s{user}" for user in draw.user], "film": draw.item, "ts": draw.seconds}
+    assert guess_columns(pa.table(some)).columns["user_id"] == "session"
+    assert guess_columns(pa.table({"person": draw.user, **some})).columns["user_id"] == "person"
+    some.pop("film")
+    assert guess_columns(pa.table({"person": draw.user, **some})).missing == ["item_id"]
+
+
 def test_a_table_among_the_logs_is_named(
     here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

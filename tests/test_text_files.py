@@ -294,6 +294,18 @@ def test_quotes_and_encodings(tmp_path: Path):
         read_table(str(film), FileFormat(separator="::", names=("id",)), "id")
 
 
+def test_rows_of_two_lines_may_lie_in_two_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(text_files, "FIRST_BYTES", 1000)
+    lines = [f'{row},"clear, and\n{"x" * (row % 50)}"' for row in range(500)]
+    file = tmp_path / "items.csv"
+    file.write_text("\n".join(["item_id,title", *lines]))
+    assert count_rows([str(file)]) == 500
+    table = read_table(str(file), FileFormat(), "item_id")
+    assert table["item_id"].to_pylist() == list(range(500))
+    assert table["title"][7].as_py() == "clear, and\nxxxxxxx"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

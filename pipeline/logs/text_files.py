@@ -228,7 +228,11 @@ class TextFile:
                 column_names=list(self._form.names) or None,
                 encoding=self._form.encoding,
             ),
-            csv.ParseOptions(delimiter=delimiter, quote_char=quote or False),
+            csv.ParseOptions(
+                delimiter=delimiter,
+                quote_char=quote or False,
+                newlines_in_values=bool(quote),  # else a row of two lines may lie in two blocks
+            ),
             csv.ConvertOptions(
                 column_types=types,
                 strings_can_be_null=True,

@@ -4,7 +4,7 @@
 # pyright: reportAttributeAccessIssue=false
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,20 +28,25 @@ from pipeline.schema import DAY_MS, LOG_OPTIONAL, RESERVED
 
 USER = re.compile(
     r"^(.*_)?(user|uid|visitor|customer|client|member|reviewer|msno|person|listener|viewer|reader|"
-    r"subscriber|player|account|household|shopper|buyer|patron|loyalty|card|cookie|kunde|nutzer|"
-    r"benutzer|usuario|utilisateur)"
+    r"subscriber|player|account|household|shopper|buyer|patron|loyalty|card|cookie|candidate|"
+    r"applicant|guest|passenger|student|learner|kunde|nutzer|benutzer|usuario|utilisateur)"
 )
 ITEM = re.compile(
     r"^(item|product|parent_asin|asin|video|movie|film|track|song|article|news|content|book|ad_?id|"
     r"sku|stock_?code|ean|gtin|upc|isbn|campaign|business|listing|offer|doc|episode|podcast|recipe|"
-    r"artikel|produkt|produit)"
+    r"artikel|produkt|produit|(job|vacancy|clip|post|story|photo|pin|game|course|hotel|property|poi|"
+    r"venue|restaurant|artist|deal|coupon|stelle)(_?id)?$)"
 )
+# what several rows of one visit share: no item, and a user where nobody else is one
+VISIT = re.compile(r"^(session|visit|search|query|impression|request|page_?view)(_?id)?$")
 # what several rows of one visit to a shop share: neither a user nor an item
 BASKET = re.compile(r"^(ticket|order|basket|invoice|receipt|transaction|checkout|bon|beleg)")
 QUANTITY = re.compile(r"^(qty|quantity|quantite|units|pieces|menge|anzahl|stueck|cantidad)$")
-TIME = re.compile(r"(time|^ts$|date|^t_|created|_at$|zeit|datum|fecha)")
+TIME = re.compile(r"((?<!sen)time|^ts$|(?<!candi)date|^t_|created|_at$|zeit|datum|fecha)")
 ORDER = re.compile(r"^(position|order|seq|step|rank|index)$")
-EVENT = re.compile(r"^(event|action|behavio|feedback|interaction|type$|ereignis|aktion)")
+EVENT = re.compile(
+    r"^(event|action|behavio|feedback|interaction|outcome$|ereignis|aktion)|^(type|status)$"
+)
 STARS = re.compile(r"(rating|stars?$|score|overall|grade)")
 SHARE = re.compile(r"(ratio|percent|pct|completion)")
 WATCH = re.compile(
@@ -72,6 +77,7 @@ LENGTH = re.compile(r"(duration|length|runtime|elapsed|dauer|laenge|duree)")
 CLOCKS = (" %H:%M:%S", " %H:%M:%S.%f", " %H:%M", "", ", %H:%M:%S", ", %H:%M", "T%H:%M:%S")
 MOST_ACTIONS, MOST_VALUES = 8, 50
 SHARE_OF_STARS = 0.8  # 4 of 5, 8 of 10
+LISTED = 0.5  # of a column's values, that a table of users or items has
 
 
 def _formats() -> Iterator[str]:
@@ -107,11 +113,15 @@ class Guess:
 
 
 def guess_columns(
-    rows: pa.Table, request_id: str | None = None, as_text: Collection[str] = ()
+    rows: pa.Table,
+    request_id: str | None = None,
+    as_text: Collection[str] = (),
+    listed: Mapping[str, Collection[str]] | None = None,
 ) -> Guess:
     """The columns' meanings from some of the rows.
 
     Args:
+        listed: ids of a side table as texts, by the column of ours that they are of.
         request_id: column that is known to tell apart what was shown together.
         as_text: columns that are text in some files and numbers in others.
     """
@@ -126,7 +136,7 @@ def guess_columns(
         guess.columns["request_id"] = request_id
         guess.roles[request_id] = "request"
     _guess_time(values, guess)
-    _guess_ids(values, guess, as_text)
+    _guess_ids(values, guess, as_text, listed or {})
     _guess_actions(values, guess)
     _guess_others(values, guess)
     for name in values:
@@ -312,36 +322,77 @@ def _are_days(name: str, column: pa.Array, number: np.ndarray) -> bool:
 # Ids -------------------------------------------------------------------------
 
 
-def _guess_ids(values: dict[str, pa.Array], guess: Guess, as_text: Collection[str]) -> None:
-    """By name; without names the first column with fewer values than rows is the user, and the one
-    with the most values of the others the item.
+def _guess_ids(
+    values: dict[str, pa.Array],
+    guess: Guess,
+    as_text: Collection[str],
+    listed: Mapping[str, Collection[str]],
+) -> None:
+    """By the ids of a side table, then by name; without either the first column with fewer values
+    than rows is the user, and the one with the most values of the others the item.
     """
-    for ours, pattern in (("user_id", USER), ("item_id", ITEM)):
-        named = []
-        for name in _left(values, guess):
-            field_name = name.rpartition(".")[2]  # of an object
-            called = pattern.match(plain_name(name)) or pattern.match(plain_name(field_name))
-            if called and may_be_id(values[name]):
-                named.append(name)
-        exact = [name for name in named if re.search(r"id$|asin$", plain_name(name))]
-        choice = (exact or named)[:1]
-        if not choice:
-            choice = _by_values(values, guess, ours)
-        if not choice:
+    patterns = {"user_id": USER, "item_id": ITEM}
+    # first what a table tells, so that no guess takes its column
+    for ours in sorted(patterns, key=lambda ours: ours not in listed):
+        choice = _listed_column(values, guess, listed[ours], ours) if ours in listed else None
+        choice = choice or _named_column(values, guess, patterns[ours])
+        choice = choice or _by_values(values, guess, ours)
+        if choice is None:
             guess.missing.append(ours)
             continue
 
-        name = choice[0]
-        guess.roles[name] = "user" if ours == "user_id" else "item"
-        option = _id_option(values[name])
-        if name in as_text:
+        guess.roles[choice] = "user" if ours == "user_id" else "item"
+        option = _id_option(values[choice])
+        if choice in as_text:
             option["text"] = True
         if option.get("text"):
-            guess.roles[name] += ", its digits as text"
+            guess.roles[choice] += ", its digits as text"
         if option:
-            guess.columns[ours] = {"column": name, **option}
-        elif name != ours:
-            guess.columns[ours] = name
+            guess.columns[ours] = {"column": choice, **option}
+        elif choice != ours:
+            guess.columns[ours] = choice
+
+
+def _listed_column(
+    values: dict[str, pa.Array], guess: Guess, listed: Collection[str], ours: str
+) -> str | None:
+    """The column most of whose values are ids of a table; of several, as small numbers are in any
+    table, one that is called so, and none that is called otherwise.
+    """
+    mine, other = (USER, ITEM) if ours == "user_id" else (ITEM, USER)
+    found: list[tuple[bool, float, int, str]] = []
+    for name in _left(values, guess):
+        plain = plain_name(name)
+        if not may_be_id(values[name]) or other.match(plain):
+            continue
+        ids = set(id_texts(values[name]))
+        share = len(ids.intersection(listed)) / max(len(ids), 1)
+        if share >= LISTED and len(ids) > MOST_ACTIONS:
+            found.append((bool(mine.match(plain)), share, -len(found), name))
+    return max(found)[-1] if found else None
+
+
+def _named_column(
+    values: dict[str, pa.Array], guess: Guess, pattern: re.Pattern[str]
+) -> str | None:
+    """The first column that is called so, one of ids before others."""
+    named = []
+    for name in _left(values, guess):
+        field_name = name.rpartition(".")[2]  # of an object
+        called = pattern.match(plain_name(name)) or pattern.match(plain_name(field_name))
+        if called and may_be_id(values[name]):
+            named.append(name)
+    exact = [name for name in named if re.search(r"id$|asin$", plain_name(name))]
+    return next(iter(exact or named), None)
+
+
+def id_texts(column: pa.Array) -> list[str]:
+    """The different values as text; whole numbers without decimals, as ids are."""
+    if pa.types.is_floating(column.type):
+        column = column.filter(pc.is_finite(column))
+        if pc.all(pc.equal(pc.floor(column), column)).as_py():
+            column = column.cast(pa.int64(), safe=False)
+    return [str(value) for value in column.drop_null().unique().to_pylist()]
 
 
 def _id_option(column: pa.Array) -> dict[str, Any]:
@@ -371,8 +422,8 @@ def may_be_id(column: pa.Array) -> bool:
     return id_kind(kind) is not None and not _is_flag(column)
 
 
-def _by_values(values: pa.Array, guess: Guess, ours: str) -> list[str]:
-    """Columns whose names say nothing of another meaning."""
+def _by_values(values: dict[str, pa.Array], guess: Guess, ours: str) -> str | None:
+    """A column whose name says nothing of another meaning."""
     other = USER if ours == "item_id" else ITEM
     meanings = [other, TIME, EVENT, STARS, SHARE, WATCH, PRICE, BASKET, QUANTITY]
     found = []
@@ -383,10 +434,12 @@ def _by_values(values: pa.Array, guess: Guess, ours: str) -> list[str]:
         distinct, rows = pc.count_distinct(column).as_py(), len(column)
         if rows <= 2 * MOST_ACTIONS or not MOST_ACTIONS < distinct <= rows * 0.95:
             continue
-        found.append((name, distinct))
+        found.append((bool(VISIT.match(plain)), -distinct, name))
     if ours == "user_id":
-        return [name for name, _ in found[:1]]
-    return [name for name, _ in sorted(found, key=lambda one: -one[1])[:1]]
+        # a session, where nothing else can be one
+        return min(found, key=lambda one: one[0])[-1] if found else None
+    items = [one for one in found if not one[0]]
+    return min(items)[-1] if items else None
 
 
 def _is_flag(column: pa.Array) -> bool:

@@ -2,6 +2,7 @@
 likely to be.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from pipeline.config import UserError
 from pipeline.logs.columns import plain_values
 from pipeline.logs.looking.guess import Guess, guess_columns
 from pipeline.logs.looking.sample import Sample, flat_sample, spread_sample, take_sample
-from pipeline.logs.looking.side import MOST_FEATURES, SideGuess, guess_side
+from pipeline.logs.looking.side import MOST_FEATURES, SideGuess, guess_side, listed_ids
 from pipeline.logs.times import show_time
 from pipeline.schema import LOG_REQUIRED
 
@@ -18,13 +19,15 @@ EXAMPLES, WIDEST = 3, 44
 SPARSE = 0.5  # of the ids that a side table has: below it is worth a word
 
 
-def look_at_logs(path: str) -> tuple[Sample, Guess]:
-    """Rows of the logs at `path`, printed, and what their columns are likely to be.
+def look_at_logs(path: str, tables: Mapping[str, Sample]) -> tuple[Sample, Guess]:
+    """Rows of the logs at `path`, printed, and what their columns are likely to be; the `tables` of
+    users and items tell whose ids are whose.
 
     Raises:
         UserError: nothing can be read, or no user, item or time is found.
     """
-    logs, guess = _guess_fields(spread_sample(take_sample(path, "PATH")))
+    listed = {f"{key[:-1]}_id": listed_ids(table) for key, table in tables.items()}
+    logs, guess = _guess_fields(spread_sample(take_sample(path, "PATH")), listed)
     _print_logs(logs, guess)
     if guess.missing:
         raise UserError(
@@ -34,24 +37,19 @@ def look_at_logs(path: str) -> tuple[Sample, Guess]:
     return logs, guess
 
 
-def _guess_fields(logs: Sample) -> tuple[Sample, Guess]:
+def _guess_fields(logs: Sample, listed: Mapping[str, set[str]]) -> tuple[Sample, Guess]:
     """The logs' columns; the fields of objects are columns where one of them means something."""
     flat = flat_sample(logs)
-    guess = guess_columns(flat.rows, logs.request_id, logs.as_text)
+    guess = guess_columns(flat.rows, logs.request_id, logs.as_text, listed)
     if set(guess.roles) <= set(logs.rows.column_names):
         return logs, guess
     return flat, guess
 
 
-def look_at_side(key: str, path: str, logs: Sample, guess: Guess) -> SideGuess:
-    """The table at `path` of `key`, users or items, printed, and which of its columns fit.
-
-    Raises:
-        UserError: nothing can be read, or no column holds the logs' ids.
-    """
+def look_at_side(key: str, sample: Sample, logs: Sample, guess: Guess) -> SideGuess:
+    """The table of `key`, users or items, printed, and which of its columns fit."""
     ours = f"{key[:-1]}_id"
     theirs = guess.column_of(ours)
-    sample = take_sample(path, f"--{key}")
     side = guess_side(sample, key, plain_values(logs.rows[theirs]), theirs)
 
     roles = {side.id_column: "id"}

@@ -27,6 +27,8 @@ UNWANTED = re.compile(
     r"(skip|dislik|unlik|unfollow|unsubscri|hide|hidden|block|mute|report|spam|negative|bounce"
     r"|remove|refund|returned|cancel|hate|not_interested)"
 )
+# what is no more than an exposure
+SHOWN = re.compile(r"^(seen|shown|show|impression|exposed|exposure|displayed|none|nothing)$")
 MOST_RATES = 3  # of a user with a category
 STEPS_WANTED = 60  # of an epoch, where the users are few
 
@@ -67,9 +69,13 @@ def _dump(section: dict[str, Any], by: int = 0) -> str:
 def _tasks(guess: Guess) -> list[str]:
     """The actions: at the end those that a list by falling score must not begin with.
 
-    [skipped, liked] is [liked, skipped]
+    What was only shown is none that is worth predicting.
+
+    [seen, skipped, liked] is [liked, skipped]
     """
-    return sorted(guess.actions, key=lambda name: bool(UNWANTED.search(name.lower())))
+    done = [name for name in guess.actions if not SHOWN.match(name.lower())]
+    tasks = done or list(guess.actions)
+    return sorted(tasks, key=lambda name: bool(UNWANTED.search(name.lower())))
 
 
 def _form(form: FileFormat) -> dict[str, Any]:

@@ -243,14 +243,27 @@ def _has_decimal_commas(lines: list[str], separator: str) -> bool:
 
 
 def _guess_separator(lines: list[str]) -> str | None:
-    """The one that most often splits every line into as many columns as the first."""
+    """The one that most often splits every row into as many columns as the first."""
     best: tuple[int, str] | None = None
+    unquoted = _without_quoted(lines)
     for separator in SEPARATORS:
-        counts = {line.count(separator) for line in lines if line}
+        rows = unquoted if separator in (",", ";") else lines
+        counts = {row.count(separator) for row in rows if row}
         least = min(counts, default=0)
         if least + 1 >= MIN_COLUMNS and (best is None or least > best[0]):
             best = least, separator
     return None if best is None else best[1]
+
+
+def _without_quoted(lines: list[str]) -> list[str]:
+    """The rows without what stands in quotes, which may go on over several lines.
+
+    7;"clear, and        7;;9
+    simple";9
+    """
+    text, quote, _ = re.sub(r'"[^"]*"', "", "\n".join(lines)).partition('"')
+    rows = text.split("\n")
+    return rows[:-1] if quote else rows  # the last one ends within quotes
 
 
 def _names_of(pieces: list[pa.Table]) -> frozenset[str]:

@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.logs.columns import is_number, is_text, plain_values
-from pipeline.logs.looking.guess import ITEM, PANDAS_INDEX, USER, may_be_id, plain_name
+from pipeline.logs.looking.guess import (
+    ITEM,
+    PANDAS_INDEX,
+    USER,
+    id_texts,
+    may_be_id,
+    plain_name,
+)
 from pipeline.logs.looking.sample import Sample
 
 MOST_CATEGORIES = 5000
@@ -37,21 +45,12 @@ class SideGuess:
 
 def guess_side(sample: Sample, side: str, ids: pa.Array, id_name: str) -> SideGuess:
     """The table of `side`, users or items; `ids` are the logs', from their column `id_name`."""
-    columns: dict[str, pa.Array] = {}
-    for name in sample.rows.column_names:
-        if not PANDAS_INDEX.match(name):
-            columns[name] = plain_values(sample.rows[name])
-    wanted = set(_texts(ids))
+    columns = _columns(sample)
+    wanted = set(id_texts(ids))
     pattern = USER if side == "users" else ITEM
     shares: dict[str, float] = {}
-    for name, column in columns.items():
-        is_scalar = not pa.types.is_nested(column.type)
-        if (
-            is_scalar
-            and may_be_id(column)
-            and pc.count_distinct(column).as_py() >= UNIQUE * len(column)
-        ):
-            shares[name] = len(wanted & set(_texts(column))) / max(len(wanted), 1)
+    for name in _id_columns(columns):
+        shares[name] = len(wanted & set(id_texts(columns[name]))) / max(len(wanted), 1)
 
     def fitness(name: str) -> tuple[float, bool, bool]:
         return round(shares[name], 2), name == id_name, bool(pattern.match(plain_name(name)))
@@ -66,18 +65,37 @@ def guess_side(sample: Sample, side: str, ids: pa.Array, id_name: str) -> SideGu
     return guess
 
 
+def listed_ids(sample: Sample) -> set[str]:
+    """Values of all columns that the table's ids may be in, as texts."""
+    columns = _columns(sample)
+    listed = set[str]()
+    for name in _id_columns(columns):
+        listed.update(id_texts(columns[name]))
+    return listed
+
+
+def _columns(sample: Sample) -> dict[str, pa.Array]:
+    columns = {}
+    for name in sample.rows.column_names:
+        if not PANDAS_INDEX.match(name):
+            columns[name] = plain_values(sample.rows[name])
+    return columns
+
+
+def _id_columns(columns: Mapping[str, pa.Array]) -> list[str]:
+    """Those with another value in nearly every row."""
+    found = []
+    for name, column in columns.items():
+        if pa.types.is_nested(column.type) or not may_be_id(column):
+            continue
+        if pc.count_distinct(column).as_py() >= UNIQUE * len(column):
+            found.append(name)
+    return found
+
+
 def _share_with_bars(column: pa.Array) -> float:
     found = pc.match_substring_regex(column, r"^[^|]+(\|[^|]+)+$")
     return pc.sum(found).as_py() / len(column)
-
-
-def _texts(column: pa.Array) -> list[str]:
-    """The different values as text; whole numbers without decimals, as ids are."""
-    if pa.types.is_floating(column.type):
-        column = column.filter(pc.is_finite(column))
-        if pc.all(pc.equal(pc.floor(column), column)).as_py():
-            column = column.cast(pa.int64(), safe=False)
-    return [str(value) for value in column.drop_null().unique().to_pylist()]
 
 
 def _feature(name: str, column: pa.Array) -> dict[str, Any] | None:
