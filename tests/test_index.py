@@ -55,6 +55,21 @@ def test_columns_keep_their_kind_and_what_is_unknown():
     assert [column.value(7) for column in catalogue.columns.values()] == [None] * 5
 
 
+def test_columns_as_pandas_writes_them():
+    """Times finer than a millisecond, and hashes beyond 63 bits."""
+    items = pa.table(
+        {
+            "item_id": ITEM_IDS[:2],
+            "posted": pa.array([1_772_603_183_314_258_488, None], pa.timestamp("ns")),
+            "hash": pa.array([2**64 - 1, 7], pa.uint64()),
+        }
+    )
+    table = make_table(ITEM_IDS, POPULARITY, FIRST_SEEN, items, IndexConfig())
+    columns = Catalogue(table).columns
+    assert [columns["posted"].value(row) for row in (0, 1, 2)] == [1_772_603_183_314, None, None]
+    assert [columns["hash"].value(row) for row in (0, 1)] == [str(2**64 - 1), "7"]
+
+
 def test_the_most_popular_first_ties_by_id():
     assert make_catalogue().popular_rows.tolist() == [1, 3, 6, 0, 7, 5, 2, 4]
 

@@ -64,6 +64,16 @@ def test_dates_have_quantiles():
         assert (codes.tolist(), size) == ([1, 1, 2, 2, 0], 3)
 
 
+def test_times_as_pandas_writes_them_and_hashes_have_quantiles():
+    """Nanoseconds since 1970, and 64 bits: more than a float64 tells apart."""
+    times = [1_772_603_183_314_258_488 + 10**15 * day for day in range(4)]
+    hashes = [5, 2**53 + 1, 2**63 + 5, 2**64 - 1]
+    for numbers, kind in ((times, pa.timestamp("ns", "UTC")), (hashes, pa.uint64())):
+        column = pa.chunked_array([pa.array([*numbers, None], kind)])
+        codes, size = quantile_codes(column, np.ones(5, bool), ColumnFeature(buckets=2))
+        assert (codes.tolist(), size) == ([1, 1, 2, 2, 0], 3)
+
+
 def test_a_list_is_the_mean_of_its_rows():
     table = plain_table("item.genres", 4, 2)
     codes = torch.tensor([[1, 2, 0], [0, 0, 0], [3, 3, 1]], dtype=torch.int32)

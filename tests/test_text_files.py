@@ -306,6 +306,25 @@ def test_rows_of_two_lines_may_lie_in_two_blocks(tmp_path: Path, monkeypatch: py
     assert table["title"][7].as_py() == "clear, and\nxxxxxxx"
 
 
+def test_a_quote_that_is_not_closed_swallows_no_rows(here: None, tmp_path: Path):
+    file = tmp_path / "items.csv"
+    lines = [f"{row},drama,title {row}" for row in range(500)]
+    prose = '"one, two,\nthree, four,\nfive,\nsix"'
+    file.write_text("\n".join(["item_id,genre,title", f"900,x,{prose}", *lines]) + "\n")
+    assert read_table(str(file), FileFormat(), "item_id").num_rows == 501
+
+    lines[7] = '7,drama,"Heroes'
+    file.write_text("\n".join(["item_id,genre,title", *lines]) + "\n")
+    told = "a value of 'title' has 49. rows in it, from 'Heroes"
+    with pytest.raises(UserError, match=told):
+        read_table(str(file), FileFormat(), "item_id")
+    with pytest.raises(UserError, match=told):
+        count_rows([str(file)])
+    unquoted = FileFormat(quote="")
+    assert read_table(str(file), unquoted, "item_id")["title"][7].as_py() == '"Heroes'
+    assert count_rows([str(file)], unquoted) == 500
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -5,9 +5,9 @@ how long it takes to see a difference that is there.
     benchmarks/RESULTS.md
 
 Simulated users come back and differ in how often they come and how much they click; a fifth has the
-canary. A trial is read on every one of its days, and stops at the first that says anything but
-`undecided`. Beside it stands the interval that one would compute for a single look (1.96 standard
-errors), read the same way.
+canary, of one crowd a twentieth, whose outcome is rare. A trial is read on every one of its days,
+and stops at the first that says anything but `undecided`. Beside it stands the interval that one
+would compute for a single look (1.96 standard errors), read the same way.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pipeline.figures import Figures
 from serve_app.feedback.verdict import FEWEST_UNITS, UnitCounts, compare_counts
 
 NUM_DAYS = 1000
-SHARE = 0.2  # of the users, for the canary
+RARE = 0.005  # of the taste for clicks, which is .2: 1 in 1,000 answers
 STAYS = 30  # days that a new user comes back
 SINGLE_LOOK = 1.96  # standard errors of an interval of 95 % that is read once
 
@@ -35,11 +35,14 @@ class Crowd:
     name: str
     first: int
     new_a_day: int
+    share: float = 0.2  # of the users, for the canary
+    taste: float = 1.0  # for the outcome, beside that for a click
 
 
 CROWDS = (
     Crowd("the same 400 users", 400, 0),
     Crowd("20 new users a day, each for 30 days", 100, 20),
+    Crowd("the same, an outcome of 1 in 1,000 answers, canary of 5 %", 100, 20, 0.05, RARE),
 )
 
 
@@ -56,9 +59,9 @@ def count_days(
 ) -> Iterator[tuple[UnitCounts, UnitCounts]]:
     """Champion's and canary's counts by the end of each day; the canary's click `gain` more."""
     num = crowd.first + crowd.new_a_day * num_days
-    tastes = rng.beta(2, 8, num)
+    tastes = crowd.taste * rng.beta(2, 8, num)
     habits = rng.gamma(1.0, 1.0, num)
-    has_canary = rng.random(num) < SHARE
+    has_canary = rng.random(num) < crowd.share
     rates = np.minimum(np.where(has_canary, tastes * (1 + gain), tastes), 1.0)
     answers, clicks = np.zeros(num), np.zeros(num)
 
@@ -146,8 +149,9 @@ def section(run: Figures) -> str:
     return f"""## A canary that is judged every day
 
 `python -m benchmarks.serving.peeking`: {trials} simulated trials of {days:,} days without any
-difference, read every day; a fifth of the users has the canary. Trials that raise an alarm on any
-day, which 5 % may. Counted, not timed; numpy {run["numpy"]}, Python {run["python"]}.
+difference, read every day; a fifth of the users has the canary where nothing else is said. Trials
+that raise an alarm on any day, which 5 % may. Counted, not timed; numpy {run["numpy"]},
+Python {run["python"]}.
 
 {table(["users", "`jobs.verdict`", "an interval for a single look, read every day"], alarms)}
 

@@ -146,7 +146,8 @@ def quantile_codes(
     if pa.types.is_temporal(column.type):
         width = pa.int32() if column.type.bit_width == 32 else pa.int64()
         column = column.cast(width)
-    values = column.cast(pa.float64()).to_numpy()  # null becomes nan
+    # nanoseconds since 1970 are more than a float64 tells apart: close enough for a quantile
+    values = column.cast(pa.float64(), safe=False).to_numpy()  # null becomes nan
     seen = values[training & ~np.isnan(values)]
     inner = np.linspace(0, 1, feature.buckets + 1)[1:-1]
     edges = np.unique(np.quantile(seen, inner)) if len(seen) else np.zeros(0)

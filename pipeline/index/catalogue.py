@@ -3,18 +3,23 @@
 Rows are in the order of the ids, so that ties by row are ties by id.
 """
 
+# pyarrow makes its compute functions when it is imported
+# pyright: reportAttributeAccessIssue=false
+
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import IndexConfig, UserError
 
 ITEM_ID, POPULARITY, RECENCY = "item_id", "popularity", "recency"
 ITEM_TEXT = "item_text"  # where item ids are text; item_id has their codes then
 OWN_COLUMNS = (ITEM_ID, ITEM_TEXT, POPULARITY, RECENCY)
+LARGEST = pa.scalar(2**63 - 1, pa.uint64())  # of int64
 PREFIX = "column."  # of the item table's columns, which may have any name
 
 Kind = Literal["integer", "number", "text", "boolean"]
@@ -183,7 +188,9 @@ def wanted_columns(items: pa.Table | None, cfg: IndexConfig) -> list[str]:
 
 
 def _plain_type(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """The column as int64, float64, bool or text; times as ms since 1970. None: none of these."""
+    """The column as int64, float64, bool or text; times as ms since 1970, whole numbers beyond 63
+    bits as text. None: none of these.
+    """
     dtype = column.type
     if pa.types.is_dictionary(dtype):
         column = column.cast(dtype.value_type)
@@ -191,6 +198,8 @@ def _plain_type(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
     if pa.types.is_boolean(dtype):
         return column
+    if pa.types.is_uint64(dtype) and pc.any(pc.greater(column, LARGEST)).as_py():
+        return column.cast(pa.large_string())  # hashes, compared digit by digit
     if pa.types.is_integer(dtype):
         return column.cast(pa.int64())
     if pa.types.is_floating(dtype) or pa.types.is_decimal(dtype):
@@ -198,5 +207,6 @@ def _plain_type(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     if pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
         return column.cast(pa.large_string())
     if pa.types.is_timestamp(dtype) or pa.types.is_date(dtype):
-        return column.cast(pa.timestamp("ms")).cast(pa.int64())
+        # what is finer than a millisecond is left out
+        return column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64())
     return None

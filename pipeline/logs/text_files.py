@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv, fs, json
@@ -30,6 +31,8 @@ FIRST_BYTES, BLOCK_BYTES = 2**20, 2**24
 NULLS = ["", "NULL", "null", "\\N", "NaN", "nan"]
 UNIT_SEPARATOR = b"\x1f"  # in the place of a separator of several characters
 LARGEST = str(2**63 - 1)
+END_OF_LINE = ord("\n")
+FEWEST_TO_TELL = 3  # columns, and lines within a value, by which rows are told from prose
 DECIMAL = r"^\s*[+-]?\d*[.]?\d+([eE][+-]?\d+)?\s*$"
 
 
@@ -129,6 +132,7 @@ class TextFile:
         numbers = {name: self._is_number(name) for name in self.id_columns()}
         rows = 0
         for block in self._raw_blocks():
+            self._refuse_open_quotes(block)
             rows += block.num_rows
             for name, all_so_far in numbers.items():
                 if all_so_far and not self._is_json:
@@ -168,6 +172,7 @@ class TextFile:
             texts: dict[str, pa.DataType] = dict.fromkeys(self.id_columns(), pa.string())
             stream, (reading, parsing, converting) = self._stream(), self._csv_options(texts)
             table = csv.read_csv(stream, reading, parsing, converting)
+            self._refuse_open_quotes(table)
             self.take_as_text([name for name in texts if not _all_whole(table[name], name)])
             return self._with_number_ids(table)
         except (pa.ArrowException, OSError, UnicodeError) as error:
@@ -212,6 +217,27 @@ class TextFile:
         reading, parsing, converting = self._csv_options(types)
         reading.block_size, reading.use_threads = block_bytes, False
         return csv.open_csv(self._stream(), reading, parsing, converting)
+
+    def _refuse_open_quotes(self, block: pa.RecordBatch | pa.Table) -> None:
+        """Raises UserError for a value that holds whole rows: a quote at its beginning was no
+        quote, or was never closed.
+        """
+        if self._is_json or block.num_columns < FEWEST_TO_TELL:
+            return
+        separator = separator_of(self._name, self._form)
+        delimiter = separator if len(separator) == 1 else UNIT_SEPARATOR.decode()
+        # by place: a file without a line of names may have two columns of one name
+        for name, column in zip(block.schema.names, block.columns, strict=True):
+            if not pa.types.is_string(column.type) or not _has_lines(column):
+                continue
+            for value in column.filter(pc.match_substring(column, "\n")).to_pylist():
+                rows = _rows_within(value, delimiter, block.num_columns)
+                if rows >= FEWEST_TO_TELL:
+                    raise UserError(
+                        f"{self._name}: a value of {name!r} has {rows:,} rows in it, from "
+                        f"{value[:40]!r} on: its quote is not closed. Where quotes are signs as "
+                        'others, set format: {quote: ""}'
+                    )
 
     def _as_text(self) -> dict[str, pa.DataType]:
         return dict.fromkeys(self.schema.names, pa.string())
@@ -371,6 +397,27 @@ class TextFile:
                 explicit_schema=self.schema, unexpected_field_behavior="ignore"
             ),
         )
+
+
+def _has_lines(column: pa.Array | pa.ChunkedArray) -> bool:
+    """True for text with an end of line in it; to look at the bytes costs next to nothing."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    for chunk in chunks:
+        data = chunk.buffers()[2]
+        if data is not None and bool((np.frombuffer(data, np.uint8) == END_OF_LINE).any()):
+            return True
+    return False
+
+
+def _rows_within(value: str, separator: str, num_columns: int) -> int:
+    """How many whole rows a value holds: all lines between its first and its last, if each has as
+    many columns as a row; else 0.
+
+    a b\n7;x;9\n8;y;9\nc    2, of three columns
+    """
+    lines = value.splitlines()[1:-1]
+    counts = {line.count(separator) for line in lines}
+    return len(lines) if counts == {num_columns - 1} else 0
 
 
 def _all_whole(column: pa.Array | pa.ChunkedArray, name: str) -> bool:
