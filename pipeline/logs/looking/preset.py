@@ -29,6 +29,10 @@ UNWANTED = re.compile(
 )
 # what is no more than an exposure
 SHOWN = re.compile(r"^(seen|shown|show|impression|exposed|exposure|displayed|none|nothing)$")
+RETRIEVAL_NOTE = (
+    "# retrieval: {enabled: true} # lists from the whole catalogue; without it what is popular, "
+    "ranked"
+)
 MOST_RATES = 3  # of a user with a category
 STEPS_WANTED = 60  # of an epoch, where the users are few
 
@@ -48,6 +52,7 @@ def write_preset(
         _dump({"tasks": _tasks(guess)}),
         _features(guess, users, items),
         _model_and_training(logs, guess),
+        RETRIEVAL_NOTE,
     ]
     return "\n".join(section for section in sections if section) + "\n"
 
