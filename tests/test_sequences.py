@@ -485,7 +485,7 @@ def test_side_tables_are_published_under_our_names(here: None, tmp_path: Path):
         ({"id": [1, 2]}, r"no column 'uid' .*found \['id'"),
     ],
 )
-def test_side_tables_need_one_row_per_id(tmp_path: Path, ids: dict, message: str):
+def test_side_tables_need_one_row_per_id(here: None, tmp_path: Path, ids: dict, message: str):
     pq.write_table(pa.table(ids), tmp_path / "users.parquet")
     cfg = config_for(
         tmp_path, log(), users={"path": str(tmp_path / "users.parquet"), "id_column": "uid"}
