@@ -201,8 +201,15 @@ def deploy_model(
 
 
 def end_server(settings: ServeConfig) -> None:
-    """Let what is in flight be answered and nothing more in, then end the server's processes."""
+    """Let what is in flight be answered and nothing more in, then end the server's processes.
+
+    Where a mistake was told before there was a server, as of a canary that is not registered, there
+    is none to end.
+    """
     from ray import serve
+
+    if APPLICATION not in serve.status().applications:
+        return
 
     ingress = "RankerReplica" if settings.one_process else "Api"
     longest_s = settings.request_timeout_s + 1

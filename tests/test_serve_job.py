@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from ray import serve
 
 from jobs import cli
 from jobs.serve import find_champion, open_ports, require_cluster
@@ -107,6 +108,15 @@ def test_the_job_ends_with_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.wait_for_interrupt(require_cluster)
     monkeypatch.undo()
     assert cluster.lost_processes() == [], "no cluster of ours runs"
+
+
+@pytest.mark.cluster
+def test_where_there_is_no_server_yet_none_is_ended(tmp_path: Path) -> None:
+    """As of a canary that is not registered: an error here would hide that message."""
+    cfg = tiny_config(tmp_path / "runs")
+    with cluster.ray_cluster(cfg.ray, runs_dir=cfg.runs_dir):
+        deployment.end_server(cfg.serve)
+        assert not serve.status().applications
 
 
 def test_what_ray_opens_to_the_network_is_named(
