@@ -1,7 +1,7 @@
 """What goes over HTTP: `RankRequest` in, `RankResponse` out. Times are in ms since 1970, UTC."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -129,6 +129,12 @@ RANK_EXAMPLE = {
 }
 
 
+def _sent_at(read: Callable[..., "UserHead"], text: tuple[str], time_ms: int) -> "UserHead":
+    request = read(*text)
+    request.request_time_ms = time_ms
+    return request
+
+
 class UserHead(StrictModel):
     """Whose history a request follows, and as of when.
 
@@ -158,6 +164,13 @@ class UserHead(StrictModel):
         description="in the place of user_id where a canary's share is drawn, a session say: the "
         "same key is answered by the same version",
     )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As of `StrictModel`, at the time of its arrival. Where that is the default it may be left
+        out, and the process that answers would take its own: what is served would be noted at
+        another time than the answer says.
+        """
+        return _sent_at, (*super().__reduce__(), self.request_time_ms)
 
     @model_validator(mode="after")
     def _some_history(self) -> Self:

@@ -5,6 +5,7 @@ one message that names the setting.
 import datetime
 import json
 import pickle
+import time
 from decimal import Decimal
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -24,6 +25,7 @@ from pipeline.schema import EventColumns, outcome_column
 from pipeline.sequences import build, store
 from serve_app.columns import HEAD, RankColumns
 from serve_app.history.posting import PostingRules
+from serve_app.recommend.schemas import RecommendRequest
 from serve_app.schemas import Event, RankRequest, Refusal, own_value
 from tests.worlds.logs import NOON, config_for, here, log
 
@@ -415,3 +417,15 @@ def test_text_in_a_request_column_is_refused_by_the_files_name(here: None, tmp_p
     cfg = config_for(tmp_path, rows, columns={"tab": "Surface"})
     with pytest.raises(UserError, match=r"columns.tab=\{column: Surface, text: true\}"):
         build.plan_build(cfg)
+
+
+def test_a_request_without_a_time_keeps_that_of_its_arrival_between_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pickled within the millisecond that it came in, and read in a later one."""
+    clock = [1_651_766_399.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    for request in (RecommendRequest(user_id=3), RecommendRequest(history=[], n=2)):
+        pickled = pickle.dumps(request)
+        clock[0] += 1
+        assert pickle.loads(pickled) == request
