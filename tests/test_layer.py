@@ -356,6 +356,24 @@ def test_forms_of_frozen_weights_are_kept_until_they_change():
     assert not torch.equal(layer.weight.bfloat16(), first)
 
 
+def test_weights_that_outlive_their_module_go_in_silence():
+    """Python ends: names of modules are None before what a form is made of goes."""
+    script = """
+import torch
+from kernels.linear import weights
+
+weight, bias = torch.randn(2, 2), torch.randn(2)
+weights.frozen_form(weight, "sum", lambda: weight.sum() + bias.sum(), (bias,))
+weights.cast_weight(bias, torch.bfloat16)
+del bias
+for name in list(vars(weights)):
+    setattr(weights, name, None)
+"""
+    run = [sys.executable, "-c", script]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_layer_names_the_weight_that_does_not_fit():
     x, weights, _ = make_layer(SMALL)
     weights[2] = weights[2][1:]

@@ -3,6 +3,7 @@ made once.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 from weakref import ref
 
@@ -94,7 +95,9 @@ def frozen_form(
     owner = id(weight)
     entry = _forms.get(owner)
     if entry is None or entry[0]() is not weight:
-        entry = _forms[owner] = ref(weight, lambda _: _forms.pop(owner, None)), {}
+        # the table is bound, since weights may go after the names of modules when Python ends
+        drop = partial(_drop_form, _forms, owner)
+        entry = _forms[owner] = ref(weight, drop), {}
     states = [_state(t) for t in (weight, *others)]
 
     found = entry[1].get(kind)
@@ -102,6 +105,10 @@ def frozen_form(
         # the others are held, so that no new tensor takes their place in memory
         found = entry[1][kind] = states, build(), others
     return found[1]
+
+
+def _drop_form(forms: dict, owner: int, _: ref) -> None:
+    forms.pop(owner, None)
 
 
 def _state(weight: Tensor) -> tuple[int, torch.device, int]:
