@@ -18,6 +18,8 @@ CLUSTER := cluster and not gpu and not nodes
 WITH_CLUSTER = $$(grep -l 'mark\.cluster' tests/test_*.py)
 # Only what failed, and an error where a run ended before it could say what did. Each half of the
 # tests notes its own.
+# Two clusters beside each other: a test waits for processes about as long as they compute.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 AGAIN := --last-failed --last-failed-no-failures none
 NOTES := -o cache_dir=.pytest_cache/cluster
 CONFIG ?= configs/demo.yaml
@@ -49,7 +51,7 @@ test-alone: $(READY)  ## those of them that start neither Ray nor MLflow
 	$(PYTEST) -m "$(ALONE)" -n logical --dist loadfile --no-loadscope-reorder || $(PYTEST) -m "$(ALONE)" $(AGAIN)
 
 test-cluster: $(READY)  ## those that start Ray, MLflow or both
-	$(PYTEST) -m "$(CLUSTER)" $(NOTES) $(WITH_CLUSTER) || $(PYTEST) -m "$(CLUSTER)" $(NOTES) $(AGAIN)
+	$(PYTEST) -m "$(CLUSTER)" $(NOTES) $(WITH_CLUSTER) $(TWO) || $(PYTEST) -m "$(CLUSTER)" $(NOTES) $(AGAIN)
 
 test-nodes: $(READY)  ## a machine is lost in the middle of a build and of training: minutes, several Ray nodes
 	$(PYTEST) -m nodes

@@ -44,6 +44,9 @@ LONGEST_FILES = (
     "test_config",
     "test_encoder_recipe",
     "test_sampled_softmax",
+    # with a cluster
+    "test_job_submit",
+    "test_trainer",
 )
 
 
