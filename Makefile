@@ -16,10 +16,10 @@ ALONE := not gpu and not cluster and not nodes
 CLUSTER := cluster and not gpu and not nodes
 # Only these files are read for that half.
 WITH_CLUSTER = $$(grep -l 'mark\.cluster' tests/test_*.py)
-# Only what failed, and an error where a run ended before it could say what did. Each half of the
-# tests notes its own.
 # Two clusters beside each other: a test waits for processes about as long as they compute.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# Only what failed, and an error where a run ended before it could say what did. Each half of the
+# tests notes its own.
 AGAIN := --last-failed --last-failed-no-failures none
 NOTES := -o cache_dir=.pytest_cache/cluster
 CONFIG ?= configs/demo.yaml
