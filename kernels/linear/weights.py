@@ -49,17 +49,25 @@ def folded_linear(
     the map would have to be made anew at each call.
     """
     sources = bias, norm_weight, norm_bias
-    if any(t.requires_grad for t in (weight, *sources)):
+    trained = [source.requires_grad for source in (weight, *sources)]
+    if any(trained):
         return None
 
     def build() -> FoldedLinear:
-        w, shift, gain, offset = (t.detach().double().cpu() for t in (weight, *sources))
+        # once for a model, and number by number: on a CPU
+        w, gain, offset = (_exact(source) for source in (weight, norm_weight, norm_bias))
         scaled = w * gain
         centred = scaled - scaled.mean(1, keepdim=True)
-        folded = round_rows(centred, dtype), (w @ offset + shift).float()
-        return FoldedLinear(*(t.to(weight.device) for t in folded))
+
+        v = round_rows(centred, dtype)
+        shift = w @ offset + _exact(bias)
+        return FoldedLinear(v.to(weight.device), shift.float().to(weight.device))
 
     return frozen_form(weight, ("folded", dtype), build, sources)
+
+
+def _exact(weight: Tensor) -> Tensor:
+    return weight.detach().double().cpu()
 
 
 def round_rows(exact_NK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,6 +85,7 @@ def round_rows(exact_NK: Tensor, dtype: torch.dtype) -> Tensor:
         wanted = column.double() + lost
         column.copy_(wanted)
         lost = wanted - column.double()
+
     return torch.empty_like(exact_NK, dtype=dtype).scatter_(1, order, rounded.T)
 
 
