@@ -35,10 +35,15 @@ def end_process(process: "subprocess.Popen[Any]", patience_s: float = PATIENCE_S
     try:
         process.wait(patience_s)
     except subprocess.TimeoutExpired:
-        for pid in [process.pid, *descendants(process.pid)]:
-            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                os.kill(pid, signal.SIGKILL)
+        kill_tree(process.pid)
         process.wait()
+
+
+def kill_tree(root: int) -> None:
+    """SIGKILL to the process and all that it has started, as when a machine is lost."""
+    for pid in (root, *descendants(root)):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(pid, signal.SIGKILL)
 
 
 def descendants(ancestor: int) -> list[int]:
@@ -50,7 +55,9 @@ def descendants(ancestor: int) -> list[int]:
                 facts = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:  # it has ended meanwhile
                 continue
-            parents[int(entry.name)] = int(facts[1])
+            state, parent = facts[0], int(facts[1])
+            if state != "Z":  # it has ended, and waits for its parent
+                parents[int(entry.name)] = parent
 
     found, fresh = set(), {ancestor}
     while fresh:

@@ -21,9 +21,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.processes import descendants, kill_tree
 from pipeline.cluster import free_port, remove_orphans, serve_environment
 from tests.support.patience import PATIENCE_S, wait_until
-from tests.support.processes import command_line, descendants, kill_tree, running
+from tests.support.processes import command_line, running
 
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).with_name("ray")
@@ -155,7 +156,7 @@ def stop(process: subprocess.Popen) -> set[int]:
     """TERM the head and wait for its children; those still there after 30 s are killed and
     returned.
     """
-    children = descendants(process.pid)
+    children = set(descendants(process.pid))
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=PATIENCE_S)
     deadline = time.monotonic() + 30

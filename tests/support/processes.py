@@ -1,8 +1,5 @@
-"""Processes of this machine, read from /proc: who lives, and who was started by whom."""
+"""Processes of this machine, read from /proc: who lives, and with which words."""
 
-import contextlib
-import os
-import signal
 import subprocess
 from pathlib import Path
 
@@ -25,25 +22,9 @@ def gone(pid: int) -> bool:
     return pid not in running()
 
 
-def descendants(root: int) -> set[int]:
-    """Children of the process, their children and so on, without `root` itself."""
-    parents, found, new = running(), set(), {root}
-    while new:
-        found |= new
-        new = {pid for pid, parent in parents.items() if parent in new} - found
-    return found - {root}
-
-
 def command_line(pid: int) -> bytes:
     """Words of the process's command, each ended by a zero byte; b"" for one that has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def kill_tree(root: int) -> None:
-    """SIGKILL to the process and everything below it, as when a machine is lost."""
-    for pid in (root, *descendants(root)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
